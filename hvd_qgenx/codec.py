@@ -1,0 +1,231 @@
+"""The codec: levels x rounding x coder x payload, as one frozen value."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_qgenx import payload as wire
+from hvd_qgenx import reference
+from hvd_qgenx.checks import check_choice, check_integer
+from hvd_qgenx.coders import CODERS, Codebook, codebook
+from hvd_qgenx.levels import NORMS, Levels
+from hvd_qgenx.payload import MAX_BUCKET_SIZE, ROUNDINGS, PayloadError
+from hvd_qgenx.quantize import Buckets, Key, Quantized, as_vector, dequantize, quantize
+
+_COUNT_SCALE = 2**20
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A vector on its way: what was drawn for its coded part, and its raw part."""
+
+    header: wire.Header
+    buckets: Buckets
+    quantized: Quantized
+    raw: Tensor
+
+    def coded(self, vector: Tensor) -> Tensor:
+        """The part of a vector cut like this one that is coded, not raw."""
+        return vector[_coded_mask(self.header)]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Encodes float vectors without bias and decodes means of them: E decode(encode(v)) = v.
+
+    Args:
+        levels: positive levels, ``Levels``.
+        coder: "huffman", "elias_gamma", "elias_delta", "elias_omega" or "fixed".
+        bucket_size: coordinates that share a norm, 1 to 16384.
+        norm: "l2" or "linf".
+        rounding: "stochastic".
+        counts: s + 1 integers, how often each magnitude occurs, from which Huffman lengths are made; None means those
+            that ``levels.symbol_probabilities`` gives a normal bucket.
+        min_numel: segments with fewer coordinates travel as float32.
+
+    Raises:
+        ValueError: naming the argument, when the codec is made.
+    """
+
+    levels: Levels
+    coder: str = "huffman"
+    bucket_size: int = 1024
+    norm: str = "l2"
+    rounding: str = "stochastic"
+    counts: tuple[int, ...] | None = None
+    min_numel: int = 0
+
+    def __post_init__(self):
+        if not isinstance(self.levels, Levels):
+            raise ValueError(f"levels must be a Levels, got {self.levels!r}")
+        check_choice("coder", self.coder, CODERS)
+        check_integer("bucket_size", self.bucket_size, 1, MAX_BUCKET_SIZE)
+        check_choice("norm", self.norm, NORMS)
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        check_integer("min_numel", self.min_numel, 0, 2**32 - 1)
+        if self.counts is not None:
+            object.__setattr__(self, "counts", _check_counts(self.counts, self.levels.num_levels + 1))
+
+    @cached_property
+    def codebook(self) -> Codebook:
+        """The code words of the magnitudes."""
+        counts = self.counts
+        if self.coder == "huffman" and counts is None:
+            shares = self.levels.symbol_probabilities(self.norm, self.bucket_size)
+            counts = [round(share * _COUNT_SCALE) for share in shares]
+        return codebook(self.coder, self.levels.num_levels, counts)
+
+    @cached_property
+    def codebook_hash(self) -> int:
+        """64 bits of SHA-256 over coder, levels and code lengths: equal if and only if decoders agree."""
+        levels = np.asarray(self.levels.values, "<f4").tobytes()
+        content = self.coder.encode() + b"\0" + levels + bytes(self.codebook.lengths)
+        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+
+    def bound(self, numel: int, sizes: Sequence[int] | None = None) -> int:
+        """Bytes of the largest payload for ``numel`` coordinates, cut into segments of ``sizes``."""
+        sizes = _check_sizes(sizes, check_integer("numel", numel, 0))
+        return wire.bound(sizes, self.min_numel, self.bucket_size, self.codebook, wire.inline_bytes(self.levels))
+
+    def encode(
+        self,
+        gradient: Tensor,
+        key: Key,
+        out: Tensor | None = None,
+        *,
+        sizes: Sequence[int] | None = None,
+        inline: bool = True,
+    ) -> Tensor:
+        """One payload, uint8[size], 1-D.
+
+        Args:
+            gradient: float tensor of any shape; converted to float32. A segment with a coordinate that is not finite
+                (or with an L2 norm above the largest float32) decodes to NaN throughout.
+            key: of the random draws; never use one twice.
+            out: uint8[>= bound], overwritten from its start; the result is then a view of it.
+            sizes: coordinates of the segments; buckets never span two. None is one segment.
+            inline: whether levels and code lengths travel with the payload, or only their hash.
+        """
+        vector = as_vector(gradient)
+        payload = self.pack(self.quantize(vector, key, _check_sizes(sizes, len(vector))), inline)
+        return payload if out is None else _into(out, payload)
+
+    def quantize(self, vector: Tensor, key: Key, sizes: Sequence[int]) -> Encoded:
+        """The first half of ``encode``: draws a symbol for every coordinate that is not raw."""
+        header = wire.Header(
+            norm=self.norm,
+            coder=self.coder,
+            num_levels=self.levels.num_levels,
+            bucket_size=self.bucket_size,
+            min_numel=self.min_numel,
+            sizes=tuple(sizes),
+            key=key,
+            codebook=self.codebook_hash,
+        )
+        is_coded = _coded_mask(header)
+        buckets = Buckets.cut(header.coded_sizes, self.bucket_size)
+        draw = reference.draws(key.words, len(vector))[is_coded]
+        quantized = quantize(vector[is_coded], buckets, self.levels, self.norm, draw)
+        return Encoded(header, buckets, quantized, _spoil_segments(vector[~is_coded], header))
+
+    def pack(self, encoded: Encoded, inline: bool) -> Tensor:
+        """The second half of ``encode``: the bytes."""
+        header = replace(encoded.header, inline=(self.levels, self.codebook) if inline else None)
+        return wire.pack(header, self.codebook, encoded.raw, encoded.quantized, encoded.buckets)
+
+    def dequantize(self, encoded: Encoded) -> Tensor:
+        """float32[n]: what every receiver will decode."""
+        return _join(encoded.header, dequantize(encoded.quantized, encoded.buckets, self.levels), encoded.raw)
+
+    def decode_mean(self, payloads: Sequence[Tensor], numel: int | None = None, out: Tensor | None = None) -> Tensor:
+        """float32[numel]: the sum of the payloads' vectors, in their order, divided by how many there are.
+
+        Args:
+            payloads: 1-D uint8 tensors, one or more.
+            numel: coordinates that the caller expects; checked before anything is allocated. None takes the first
+                payload's word for it.
+            out: float32[numel], overwritten.
+
+        Raises:
+            PayloadError: if a payload is damaged, of another length, or refers to a codebook that is not this codec's.
+        """
+        if len(payloads) == 0:
+            raise ValueError("payloads must hold at least one payload")
+        total = None
+        for payload in payloads:
+            values = self._decode(payload, numel)
+            numel = len(values)
+            total = values if total is None else total.add_(values)
+        total.div_(len(payloads))
+        return total if out is None else _into_vector(out, total)
+
+    def _decode(self, payload: Tensor, numel: int | None) -> Tensor:
+        parsed = wire.parse(payload, numel)
+        levels, words = self._codebook_of(parsed.header)
+        buckets = Buckets.cut(parsed.header.coded_sizes, parsed.header.bucket_size)
+        symbols = wire.decode_symbols(parsed, words, buckets)
+        return _join(parsed.header, dequantize(Quantized(symbols, parsed.norms), buckets, levels), parsed.raw)
+
+    def _codebook_of(self, header: wire.Header) -> tuple[Levels, Codebook]:
+        if header.inline:
+            return header.inline
+        if header.codebook != self.codebook_hash or header.coder != self.coder:
+            theirs, ours = f"{header.coder} {header.codebook:016x}", f"{self.coder} {self.codebook_hash:016x}"
+            raise PayloadError(f"payload: codebook is {theirs}, the decoder's is {ours}")
+        return self.levels, self.codebook
+
+
+def _coded_mask(header: wire.Header) -> Tensor:
+    """bool[n]: which coordinates belong to segments that are coded."""
+    sizes = torch.tensor(header.sizes, dtype=torch.int64)
+    return torch.repeat_interleave(sizes >= header.min_numel, sizes)
+
+
+def _join(header: wire.Header, coded: Tensor, raw: Tensor) -> Tensor:
+    if len(raw) == 0:
+        return coded
+    is_coded = _coded_mask(header)
+    vector = torch.empty(header.numel)
+    vector[is_coded], vector[~is_coded] = coded, raw
+    return vector
+
+
+def _spoil_segments(raw: Tensor, header: wire.Header) -> Tensor:
+    """Makes a raw segment NaN throughout if any of its coordinates is not finite, as a coded one would be."""
+    if bool(raw.isfinite().all()):
+        return raw
+    parts = raw.split([size for size in header.sizes if size < header.min_numel])
+    return torch.cat([part if bool(part.isfinite().all()) else torch.full_like(part, torch.nan) for part in parts])
+
+
+def _check_counts(counts: Sequence[int], length: int) -> tuple[int, ...]:
+    values = tuple(int(count) for count in counts)
+    if len(values) != length or min(values) < 0:
+        raise ValueError(f"counts must be {length} non-negative integers, got {counts!r}")
+    return values
+
+
+def _check_sizes(sizes: Sequence[int] | None, numel: int) -> tuple[int, ...]:
+    sizes = (numel,) if sizes is None else tuple(check_integer("sizes", size, 0) for size in sizes)
+    if sum(sizes) != numel:
+        raise ValueError(f"sizes must add up to the gradient's {numel} coordinates, got {sum(sizes)}")
+    return sizes
+
+
+def _into(out: Tensor, payload: Tensor) -> Tensor:
+    if out.dtype != torch.uint8 or out.dim() != 1 or len(out) < len(payload):
+        raise ValueError(f"out must be a 1-D uint8 tensor of at least bound(numel) bytes, {len(payload)} here")
+    return out[: len(payload)].copy_(payload)
+
+
+def _into_vector(out: Tensor, values: Tensor) -> Tensor:
+    if out.dtype != torch.float32 or out.shape != values.shape:
+        raise ValueError(f"out must be float32 of shape ({len(values)},), got {out.dtype} {tuple(out.shape)}")
+    return out.copy_(values)

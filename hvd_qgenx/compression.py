@@ -1,0 +1,191 @@
+"""Horovod's Compressor interface on the codec: ``compression=hvd_qgenx.Compression.qgenx(bits=4)``.
+
+Stock Horovod sums whatever ``compress`` returns and tells it neither the tensor's name nor the operation. So
+``compress`` only keeps the tensor and returns a small token for Horovod to reduce; the first ``decompress`` of a step,
+which Horovod calls when all tokens of all ranks are under way, sends everything that was kept as one payload. Token
+entry 0 is a one, so its reduced value is the factor that Horovod applied. Entry 1 + rank is this call's index + 1 and
+zero on the other ranks, so reduced under the parameter's own name it tells where each rank put that parameter.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_qgenx.adaptation import Settings
+from hvd_qgenx.levels import Levels
+from hvd_qgenx.quantize import check_gradient
+
+
+class NoneCompressor:
+    """Sends tensors as they are."""
+
+    @staticmethod
+    def compress(tensor: Tensor):
+        return tensor, None
+
+    @staticmethod
+    def decompress(tensor: Tensor, ctx):
+        return tensor
+
+
+class FP16Compressor:
+    """Sends floating-point tensors as float16."""
+
+    @staticmethod
+    def compress(tensor: Tensor):
+        return (tensor.half(), tensor.dtype) if tensor.is_floating_point() else (tensor, None)
+
+    @staticmethod
+    def decompress(tensor: Tensor, ctx):
+        return tensor if ctx is None else tensor.to(ctx)
+
+
+class _Batch:
+    """The tensors kept since the last exchange, and what came of them."""
+
+    def __init__(self):
+        self.tensors: list[Tensor] = []
+        self.gathered = None
+
+
+class QGenXCompressor:
+    """Quantises without bias, entropy codes and exchanges exactly those bytes, on an unmodified Horovod.
+
+    Calling an instance returns a new one that is configured; ``Compression.qgenx`` itself is one process-wide instance
+    with the defaults. State (exchange counter, levels) belongs to the instance: two optimizers should each get a called
+    one with its own ``seed``. Right for ``op`` Average and Sum; any other raises at the first exchange.
+    """
+
+    def __init__(self, settings: Settings | None = None, named_parameters: Iterable | None = None, process_set=None):
+        self.settings = settings or Settings()
+        self.process_set = process_set
+        self._named = list(named_parameters) if named_parameters is not None else []
+        self._exchange = None
+        self._open = _Batch()
+        self._lock = threading.Lock()
+
+    def __call__(
+        self,
+        bits: int = 4,
+        levels: str | Levels = "adaptive",
+        coder: str = "huffman",
+        norm: str = "l2",
+        bucket_size: int = 1024,
+        rounding: str = "stochastic",
+        min_numel: int = 1024,
+        adapt_at: Sequence[int] = (0, 200, 1000, 5000),
+        adapt_every: int = 10000,
+        seed: int = 0,
+        named_parameters: Iterable | None = None,
+        process_set=None,
+        nonfinite: str = "nan",
+    ) -> QGenXCompressor:
+        """A configured compressor.
+
+        Args:
+            bits: width of a symbol before entropy coding, sign included, 2 to 8: 2**(bits - 1) - 1 positive levels.
+            levels: "adaptive" (fitted to the gradients of all ranks, see ``adapt_at``), "uniform", "exponential", or
+                a ``Levels``.
+            coder: "huffman", "elias_gamma", "elias_delta", "elias_omega" or "fixed".
+            norm: of a bucket, "l2" or "linf".
+            bucket_size: coordinates that share a norm, 1 to 16384; buckets never span two parameters.
+            rounding: "stochastic".
+            min_numel: parameters with fewer coordinates travel as float32 in the same payload.
+            adapt_at, adapt_every: iterations, from 0, at whose start adaptive levels are fitted anew; ``adapt_every``
+                adds its multiples, 0 adds none.
+            seed: of the random draws; the same on all ranks.
+            named_parameters: only for messages that name a parameter.
+            process_set: the ranks to exchange with, if they are not all; must be the optimizer's.
+            nonfinite: what a gradient with NaN or infinity does: "nan" makes that parameter's mean NaN on all ranks,
+                with a warning; "raise" raises FloatingPointError on all ranks.
+
+        Raises:
+            ValueError: naming the argument and what is allowed.
+        """
+        settings = Settings(
+            bits, levels, coder, norm, bucket_size, rounding, min_numel, adapt_at, adapt_every, seed, nonfinite
+        )
+        return QGenXCompressor(settings, named_parameters, process_set)
+
+    def __repr__(self) -> str:
+        return f"Compression.qgenx({', '.join(self.settings.describe())})"
+
+    @property
+    def exchange(self):
+        """The exchange that this instance's tensors go through; needs Horovod."""
+        if self._exchange is None:
+            from hvd_qgenx.exchange import PayloadExchange
+
+            self._exchange = PayloadExchange(self.settings, self.process_set)
+        return self._exchange
+
+    @property
+    def communication(self):
+        """Bytes handed to collectives, bits per coordinate, ratio to float32, variance."""
+        return self.exchange.communication
+
+    def compress(self, tensor: Tensor):
+        """Keeps ``tensor`` for the next exchange. Returns the token that Horovod reduces, and a context."""
+        check_gradient(tensor)
+        group = self.exchange.group
+        with self._lock:
+            batch, index = self._open, len(self._open.tensors)
+            batch.tensors.append(tensor)
+        token = torch.zeros(1 + group.size)
+        token[0], token[1 + group.rank] = 1.0, index + 1
+        return group.communication.count(token), (batch, index)
+
+    def decompress(self, token: Tensor, ctx):
+        """The mean over ranks of the tensor that ``ctx`` stands for, times the factor that Horovod applied."""
+        if ctx is None:  # a sparse gradient, which Horovod sends by itself
+            return token
+        batch, index = ctx
+        sections = self._sections(token.double(), index)
+        if batch.gathered is None:
+            self._send(batch)
+        mean = batch.gathered.mean_of(sections)
+        self.exchange.check_finite([mean], [self._name(batch.tensors[index], index)])
+        tensor = batch.tensors[index]
+        return (mean * token[0]).view(tensor.shape).to(device=tensor.device, dtype=tensor.dtype)
+
+    def _sections(self, token: Tensor, index: int) -> list[int]:
+        """For every rank, the index under which it kept the tensor that this token belongs to."""
+        size, rank = self.exchange.group.size, self.exchange.group.rank
+        if token.shape != (1 + size,):
+            raise ValueError("Compression.qgenx averages whole tensors over its process set: only allreduce carries it")
+        entries = (token[1:] * size / token[0]).round().nan_to_num(-1.0)
+        if int(entries[rank]) != index + 1:
+            raise ValueError("op must be hvd.Average or hvd.Sum for Compression.qgenx: no other commutes with rounding")
+        return [int(entry) - 1 for entry in entries]
+
+    def _send(self, batch: _Batch) -> None:
+        with self._lock:
+            self._open = _Batch()
+        outgoing = self.exchange.prepare(batch.tensors)
+        batch.gathered, _ = self.exchange.gather(outgoing, "step")
+
+    def _name(self, tensor: Tensor, index: int) -> str:
+        for name, parameter in self._named:
+            if parameter.grad is tensor:
+                return name
+        return f"tensor {index} of shape {tuple(tensor.shape)}"
+
+    def state_dict(self) -> dict:
+        """Exchange counter, schedule position and codebook, equal on all ranks, as plain numbers."""
+        return self.exchange.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues exactly from a ``state_dict``."""
+        self.exchange.load_state_dict(state)
+
+
+class Compression:
+    """The choices: ``none``, ``fp16``, ``qgenx``; the first two are as in Horovod."""
+
+    none = NoneCompressor
+    fp16 = FP16Compressor
+    qgenx = QGenXCompressor()

@@ -1,0 +1,308 @@
+"""DistributedOptimizer: any torch optimizer on the mean gradient of all ranks, extra-gradient ones included."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+
+import horovod.torch as hvd
+import torch
+from torch import Tensor
+
+from hvd_qgenx.checks import check_choice, check_integer
+from hvd_qgenx.compression import Compression, QGenXCompressor
+from hvd_qgenx.exchange import DenseExchange, Exchange, NoExchange, PayloadExchange
+from hvd_qgenx.extragradient import OptimizerView
+
+EXCHANGES = ("auto", "allgather")
+_MEMORY = "hvd_qgenx"
+
+
+class _Materialising(OptimizerView):
+    """What Horovod's broadcast_optimizer_state may call on a rank whose state is empty.
+
+    It calls ``step()`` there, to create state that it can overwrite; of its own wrapper, which it recognises by
+    ``__module__``, it calls the base class's. This is that base class: it creates the state and moves nothing.
+    """
+
+    def step(self, closure=None):
+        """Creates the optimizer's state as a placeholder, dropped again unless a broadcast overwrites it."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        saved = [p.detach().clone() for p in parameters]
+        options = [dict(group) for group in self.param_groups]
+        if hasattr(self.optimizer, "extrapolation"):
+            self.optimizer.extrapolation()
+        self.optimizer.step()
+        with torch.no_grad():
+            for p, value in zip(parameters, saved, strict=True):
+                p.copy_(value)
+                p.grad = None
+        for group, before in zip(self.param_groups, options, strict=True):
+            group.update(before)
+        # Horovod broadcasts nothing, not even options, for a stateless optimizer, but the memory must travel.
+        if not any(self.state.values()):
+            self.state[parameters[0]][_MEMORY] = torch.zeros(1)
+        self._placeholder = True
+
+
+class DistributedOptimizer(_Materialising):
+    """Averages gradients over all ranks before ``optimizer`` uses them.
+
+    A plain optimizer has one exchange, in ``step``; one with ``extrapolation`` has one there and one in ``step`` (one
+    in all, if its ``extrapolation_uses_gradient`` is false). Each exchange is one message holding all parameters that
+    have a gradient on some rank; a parameter without gradient on this rank counts as zero, and one without gradient on
+    all ranks keeps ``grad`` None. It wraps ``optimizer``: param_groups and state are shared.
+
+    Args:
+        optimizer: a torch.optim.Optimizer, ``ExtraGradient`` or ``QGenX``.
+        named_parameters: (name, parameter) pairs of all parameters; names must be unique, also across networks.
+        compression: ``Compression.none``, ``.fp16``, ``.qgenx(...)``, or any compressor of Horovod's.
+        backward_passes_per_step: accepted as Horovod's; gradients accumulate in ``p.grad`` and are exchanged in
+            ``step`` whatever their number.
+        op: ``hvd.Average`` or ``hvd.Sum``.
+        gradient_predivide_factor: splits the division before and after the sum, where a sum travels (none, fp16).
+        num_groups, groups: accepted as Horovod's; all parameters travel in one message anyway.
+        sparse_as_dense: must be true if a gradient is sparse.
+        process_set: the ranks that take part; on others every step is local.
+        exchange: "allgather" of all ranks' payloads; "auto" chooses, and has one choice so far.
+
+    Raises:
+        ValueError: naming the argument and what is allowed.
+
+    Example:
+        >>> optimizer = DistributedOptimizer(ExtraAdam(model.parameters()), compression=Compression.qgenx(bits=4))
+        >>> optimizer.zero_grad(); loss().backward(); optimizer.extrapolation()
+        >>> optimizer.zero_grad(); loss().backward(); optimizer.step()
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: Iterable | None = None,
+        compression=Compression.none,
+        backward_passes_per_step: int = 1,
+        op=hvd.Average,
+        gradient_predivide_factor: float = 1.0,
+        num_groups: int = 0,
+        groups=None,
+        sparse_as_dense: bool = False,
+        process_set=hvd.global_process_set,
+        exchange: str = "auto",
+    ):
+        super().__init__(optimizer)
+        check_integer("backward_passes_per_step", backward_passes_per_step, 1)
+        check_integer("num_groups", num_groups, 0)
+        check_choice("exchange", exchange, EXCHANGES)
+        _check_predivide(gradient_predivide_factor, op)
+        self.sparse_as_dense = sparse_as_dense
+        self._names = _names(self, named_parameters)
+        self._exchange = _make_exchange(compression, process_set, op, gradient_predivide_factor)
+        self._exchange.describe(self._description())
+        self._should_synchronize, self._synchronized, self._placeholder = True, False, False
+        self._look_ahead: list[Tensor | None] | None = None
+        if hasattr(optimizer, "num_ranks"):
+            optimizer.num_ranks = self._exchange.group.size
+        self.__module__ = hvd.DistributedOptimizer.__module__  # see _Materialising
+
+    @property
+    def communication(self):
+        """Bytes handed to collectives, bits per coordinate, ratio to float32, variance."""
+        return self._exchange.communication
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of all parameters."""
+        self._synchronized = False
+        super().zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Adds a group of parameters, on every rank; they are named by their position."""
+        super().add_param_group(param_group)
+        for index, p in enumerate(self.param_groups[-1]["params"]):
+            self._names[p] = f"parameter.{len(self.param_groups) - 1}.{index}"
+        self._exchange.describe(self._description())
+
+    def synchronize(self) -> None:
+        """Exchanges gradients now, so that they can be looked at or clipped before the half-step that uses them."""
+        self._recall()
+        stage = "step" if not self._extrapolates or self.optimizer.extrapolated else "extrapolation"
+        self._average(stage)
+        self._synchronized = True
+
+    @contextmanager
+    def skip_synchronize(self):
+        """In this context ``extrapolation`` and ``step`` use gradients that ``synchronize`` has exchanged."""
+        self._should_synchronize = False
+        try:
+            yield
+        finally:
+            self._should_synchronize = True
+
+    def extrapolation(self) -> None:
+        """The first half-step, on the mean gradient if the method uses one.
+
+        Raises:
+            AttributeError: if the optimizer is not of the extra-gradient family.
+        """
+        if not self._extrapolates:
+            raise AttributeError(f"{type(self.optimizer).__name__} has no extrapolation(); wrap it in ExtraGradient")
+        self._recall()
+        if self.optimizer.extrapolation_uses_gradient:
+            self._synchronize_unless_done("extrapolation")
+        self.optimizer.extrapolation()
+
+    def step(self, closure: Callable | None = None):
+        """The step, on the mean gradient. With a closure the whole iteration; returns the first loss."""
+        self._recall()
+        if closure is not None:
+            return self._closure_step(closure)
+        self._synchronize_unless_done("step")
+        return self.optimizer.step()
+
+    def state_dict(self) -> dict:
+        """The optimizer's state with this wrapper's (exchange counter, codebook); equal on all ranks."""
+        self._recall()
+        self.param_groups[0][_MEMORY] = {**self._exchange.state_dict(), "placeholder": self._placeholder}
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continues exactly from a ``state_dict``."""
+        super().load_state_dict(state_dict)
+        self._recall()
+
+    @property
+    def _extrapolates(self) -> bool:
+        return hasattr(self.optimizer, "extrapolation")
+
+    def _recall(self) -> None:
+        """Takes up what ``load_state_dict``, or a broadcast of what ``state_dict`` wrote, left in the first group."""
+        memory = self.param_groups[0].pop(_MEMORY, None)
+        if memory is not None:
+            self._exchange.load_state_dict(memory)
+            self._placeholder = memory["placeholder"]
+
+    def _closure_step(self, closure: Callable):
+        if not self._extrapolates:
+            return self.optimizer.step(lambda: self._evaluate(closure, "step"))
+        loss = None
+        if self.optimizer.extrapolation_uses_gradient:
+            loss = self._evaluate(closure, "extrapolation")
+        self.optimizer.extrapolation()
+        ahead = self._evaluate(closure, "step")
+        self.optimizer.step()
+        return ahead if loss is None else loss
+
+    def _evaluate(self, closure: Callable, stage: str):
+        with torch.enable_grad():
+            loss = closure()
+        self._average(stage)
+        return loss
+
+    def _synchronize_unless_done(self, stage: str) -> None:
+        if not self._should_synchronize:
+            if not self._synchronized:
+                raise RuntimeError(f"{stage}() under skip_synchronize() needs a synchronize() before it")
+        else:
+            if self._synchronized:
+                warnings.warn(f"{stage}() after synchronize() exchanges again; use skip_synchronize()", stacklevel=3)
+            self._average(stage)
+        self._synchronized = False
+
+    def _average(self, stage: str) -> None:
+        """Replaces every gradient by the mean (or sum) over ranks: the one place that exchanges."""
+        if self._placeholder:
+            self.state.clear()
+            self._placeholder = False
+        parameters = self._parameters()
+        starts = stage == "extrapolation" or not self._extrapolates or not self.optimizer.extrapolation_uses_gradient
+        outgoing = self._exchange.prepare([self._gradient(p) for p in parameters], starts)
+        term = self._squared_difference(self._exchange.values(outgoing), stage) if self._wants_difference else 0.0
+        names = [self._names[p] for p in parameters]
+        means, terms = self._exchange.deliver(outgoing, stage, term, names)
+        for p, mean in zip(parameters, means, strict=True):
+            _assign(p, mean)
+        if self._wants_difference and stage == "step":
+            self.optimizer.squared_difference = sum(terms)
+
+    @property
+    def _wants_difference(self) -> bool:
+        return hasattr(self.optimizer, "squared_difference")
+
+    def _squared_difference(self, values: list[Tensor | None], stage: str) -> float:
+        """This rank's ||V_t - V_{t+1/2}||^2 of decoded vectors, for Algorithm 1's step size."""
+        before, method = self._look_ahead, getattr(self.optimizer, "method", None)
+        self._look_ahead = values if stage == "extrapolation" or method == "optimistic" else None
+        if stage == "extrapolation":
+            return 0.0
+        pairs = zip(before or [None] * len(values), values, strict=True)
+        return sum(_squared_distance(first, second) for first, second in pairs)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _gradient(self, p: Tensor) -> Tensor | None:
+        if p.grad is None or not p.grad.is_sparse:
+            return p.grad
+        if not self.sparse_as_dense:
+            raise ValueError(f"the gradient of {self._names[p]} is sparse: pass sparse_as_dense=True")
+        return p.grad.to_dense()
+
+    def _description(self) -> list[str]:
+        """What ranks must have in common, a line each."""
+        kind = f"optimizer={type(self.optimizer).__name__}, op={self._exchange.op}"
+        return [kind] + [f"{self._names[p]} of shape {tuple(p.shape)}" for p in self._parameters()]
+
+
+def _make_exchange(compression, process_set, op, predivide: float) -> Exchange:
+    if not hvd.is_initialized():
+        raise RuntimeError("Horovod is not initialized: call horovod.torch.init() first")
+    if not process_set.included() or process_set.size() == 1:
+        return NoExchange(process_set, op)
+    if isinstance(compression, QGenXCompressor):
+        return PayloadExchange(compression.settings, process_set, op)
+    if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
+        raise ValueError(f"compression must be one of Compression's or a compressor of Horovod's, got {compression!r}")
+    return DenseExchange(compression, process_set, op, predivide)
+
+
+def _check_predivide(factor: float, op) -> None:
+    if not (isinstance(factor, (int, float)) and 0.0 < factor < float("inf")):
+        raise ValueError(f"gradient_predivide_factor must be a positive number, got {factor!r}")
+    if factor != 1.0 and op != hvd.Average:
+        raise ValueError("gradient_predivide_factor must be 1 unless op is hvd.Average")
+
+
+def _names(optimizer: torch.optim.Optimizer, named_parameters: Iterable | None) -> dict[Tensor, str]:
+    """The name of each parameter: unique, and none missing."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    if named_parameters is None:
+        return {p: f"parameter.{i}.{j}" for i, group in enumerate(groups) for j, p in enumerate(group)}
+    pairs = list(named_parameters)
+    if any(not (isinstance(pair, tuple) and len(pair) == 2) for pair in pairs):
+        raise ValueError("named_parameters must be (name, parameter) pairs, as model.named_parameters() gives")
+    seen: set[str] = set()
+    repeated = sorted({name for name, _ in pairs if name in seen or seen.add(name)})
+    if repeated:
+        raise ValueError(f"named_parameters must have unique names, repeated: {', '.join(repeated)}")
+    names = {p: name for name, p in pairs}
+    missing = [f"parameter {j} of group {i}" for i, group in enumerate(groups) for j, p in enumerate(group) if p not in names]
+    if missing:
+        raise ValueError(f"named_parameters must name every parameter, not named: {', '.join(missing)}")
+    return names
+
+
+def _assign(p: Tensor, mean: Tensor | None) -> None:
+    if mean is None:
+        return
+    value = mean.view(p.shape).to(device=p.device, dtype=p.dtype)
+    if p.grad is None or p.grad.is_sparse:
+        p.grad = value.clone()
+    else:
+        p.grad.copy_(value)
+
+
+def _squared_distance(first: Tensor | None, second: Tensor | None) -> float:
+    if first is None and second is None:
+        return 0.0
+    difference = second if first is None else first if second is None else first - second
+    return float(difference.double().square().sum())

@@ -1,0 +1,426 @@
+"""Exchanges: the only room that calls collectives on payloads.
+
+An exchange averages a list of tensors over ranks. Every kind has the same three verbs: ``prepare`` makes of a rank's
+tensors what it will send, ``values`` are what the others will see of it, ``deliver`` sends it and returns the means. A
+parameter may be absent (None) on some ranks, which counts as zero, or on all, which stays None.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hvd_qgenx.adaptation import Settings, Statistics, fit
+from hvd_qgenx.codec import Codec, Encoded
+from hvd_qgenx.levels import Levels
+from hvd_qgenx.payload import parse
+from hvd_qgenx.quantize import Key, as_vector
+from hvd_qgenx.traffic import Communication
+
+try:
+    import horovod.torch as hvd
+except ImportError as error:
+    raise ImportError(
+        "exchanging gradients needs Horovod with PyTorch: pip install --no-build-isolation horovod "
+        "(see hvd_qgenx's README for a build that works with today's torch)"
+    ) from error
+
+# Lengths that change at every step would evict Horovod's response cache, so messages are padded to classes of this
+# many significant bits: 1.6 % more bytes at worst.
+_SIGNIFICANT_BITS = 6
+_RECORD = struct.Struct("<QQ16sd")
+
+
+class DisagreementError(RuntimeError):
+    """Ranks that were told, or that do, different things; raised on every rank, naming both."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What precedes every message: its true length, and what the sender believes this exchange to be."""
+
+    step: int
+    stage: str
+    term: float = 0.0
+
+    def pack(self, body: Tensor) -> Tensor:
+        head = _RECORD.pack(_RECORD.size + len(body), self.step, self.stage.encode(), self.term)
+        return torch.cat((torch.frombuffer(bytearray(head), dtype=torch.uint8), body))
+
+    @classmethod
+    def unpack(cls, message: Tensor) -> tuple[Record, Tensor]:
+        _, step, stage, term = _RECORD.unpack_from(message.numpy())
+        return cls(step, stage.rstrip(b"\0").decode(), term), message[_RECORD.size :]
+
+    def __str__(self) -> str:
+        return f"exchange {self.step} ({self.stage})"
+
+
+def size_class(size: int) -> int:
+    """The smallest number of ``_SIGNIFICANT_BITS`` + 1 significant bits that is not below ``size``."""
+    unit = 1 << max(size.bit_length() - 1 - _SIGNIFICANT_BITS, 4)
+    return -(-size // unit) * unit
+
+
+def _split(gathered: Tensor) -> list[Tensor]:
+    """The messages in an allgather's output, each found by the length at its start, without their padding."""
+    messages, start = [], 0
+    while start < len(gathered):
+        (size,) = struct.unpack_from("<Q", gathered[start : start + 8].numpy())
+        messages.append(gathered[start : start + size])
+        start += size_class(size)
+    return messages
+
+
+class Group:
+    """The ranks that exchange: collectives on a process set, counted, and their agreement."""
+
+    def __init__(self, process_set=None):
+        self.process_set = hvd.global_process_set if process_set is None else process_set
+        self.communication = Communication()
+
+    def check_started(self) -> None:
+        if not hvd.is_initialized():
+            raise RuntimeError("Horovod is not initialized: call horovod.torch.init() first")
+
+    @property
+    def size(self) -> int:
+        return self.process_set.size() if self.included else 1
+
+    @property
+    def included(self) -> bool:
+        return self.process_set.included()
+
+    @property
+    def rank(self) -> int:
+        return self.process_set.rank()
+
+    def gather(self, message: Tensor, name: str) -> list[Tensor]:
+        """All ranks' messages, in rank order; each starts with its length in 8 bytes."""
+        padded = torch.zeros(size_class(len(message)), dtype=torch.uint8)
+        padded[: len(message)] = message
+        padded = self.communication.count(padded)
+        return _split(hvd.allgather(padded, name=f"hvd_qgenx.{name}", process_set=self.process_set))
+
+    def gather_records(self, record: Record, body: Tensor, name: str) -> tuple[list[Record], list[Tensor]]:
+        """All ranks' records and bodies. Raises DisagreementError if they are not at the same exchange."""
+        pairs = [Record.unpack(message) for message in self.gather(record.pack(body), name)]
+        first = pairs[0][0]
+        for rank, (other, _) in enumerate(pairs):
+            if (other.step, other.stage) != (first.step, first.stage):
+                raise DisagreementError(f"ranks are out of step: rank 0 is at {first}, rank {rank} at {other}")
+        return [record for record, _ in pairs], [body for _, body in pairs]
+
+    def agree(self, lines: Sequence[str]) -> None:
+        """Compares a description, line by line, with those of all ranks."""
+        body = torch.frombuffer(bytearray("\n".join(lines).encode()), dtype=torch.uint8)
+        _, bodies = self.gather_records(Record(0, "agreement"), body, "exchange")
+        texts = [bytes(body.numpy()).decode().split("\n") for body in bodies]
+        for rank, other in enumerate(texts):
+            _compare(texts[0], other, rank)
+
+
+def _compare(first: list[str], other: list[str], rank: int) -> None:
+    for mine, theirs in zip(first, other, strict=False):
+        if mine != theirs:
+            raise DisagreementError(f"ranks disagree: rank 0 has {mine}, rank {rank} has {theirs}")
+    if len(first) != len(other):
+        raise DisagreementError(f"ranks disagree: rank 0 describes {len(first)} things, rank {rank} {len(other)}")
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A rank's tensors on their way: ``present`` says which exist, ``vector`` holds these one behind another."""
+
+    present: tuple[bool, ...]
+    sizes: tuple[int, ...]  # of the present ones; 0 elsewhere
+    vector: Tensor
+    encoded: Encoded | None = None
+    decoded: Tensor | None = None
+
+
+def _cut(vector: Tensor, sizes: Sequence[int], present: Sequence[bool]) -> list[Tensor | None]:
+    parts = vector.split(list(sizes))
+    return [part if there else None for part, there in zip(parts, present, strict=True)]
+
+
+def _outgoing(tensors: Sequence[Tensor | None], vectors: list[Tensor]) -> Outgoing:
+    present = tuple(tensor is not None for tensor in tensors)
+    sizes = tuple(0 if tensor is None else tensor.numel() for tensor in tensors)
+    return Outgoing(present, sizes, torch.cat(vectors) if vectors else torch.zeros(0))
+
+
+class Exchange:
+    """What all kinds share: the group, the count of exchanges, the first agreement.
+
+    Args:
+        process_set: Horovod's; None is all ranks.
+        op: ``hvd.Average`` or ``hvd.Sum``.
+    """
+
+    def __init__(self, process_set=None, op=hvd.Average):
+        if op not in (hvd.Average, hvd.Sum):
+            raise ValueError("op must be hvd.Average or hvd.Sum: no other is defined for what is exchanged here")
+        self.op = op
+        self.group = Group(process_set)
+        self.step = 0
+        self.iteration = 0
+        self.description: list[str] = []
+        self._agreed = False
+
+    @property
+    def communication(self) -> Communication:
+        return self.group.communication
+
+    def describe(self, lines: Sequence[str]) -> None:
+        """What ranks must have in common, beside the exchange's own settings; compared before the next exchange."""
+        self.description, self._agreed = list(lines), False
+
+    def _begin(self, tensors: Sequence[Tensor | None]) -> None:
+        self.group.check_started()
+        if not self._agreed:
+            self.group.agree([*self.settings_lines(), *self.description])
+            self._agreed = True
+        self.communication.exchanges += 1
+        self.communication.coordinates += sum(tensor.numel() for tensor in tensors if tensor is not None)
+
+    def settings_lines(self) -> list[str]:
+        return []
+
+    def values(self, outgoing: Outgoing) -> list[Tensor | None]:
+        """What the other ranks will see of this rank's tensors, as float vectors."""
+        return _cut(outgoing.vector, outgoing.sizes, outgoing.present)
+
+    def state_dict(self) -> dict:
+        """Equal on all ranks."""
+        return {"step": self.step, "iteration": self.iteration}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step, self.iteration = state["step"], state["iteration"]
+
+
+class NoExchange(Exchange):
+    """One rank alone: nothing is sent and nothing is rounded."""
+
+    def prepare(self, tensors: Sequence[Tensor | None], starts_iteration: bool = True) -> Outgoing:
+        self.iteration += starts_iteration
+        return _outgoing(tensors, [tensor.detach().reshape(-1) for tensor in tensors if tensor is not None])
+
+    def deliver(self, outgoing: Outgoing, stage: str, term: float = 0.0, names: Sequence[str] = ()):
+        self.step += 1
+        return self.values(outgoing), [term]
+
+
+class DenseExchange(Exchange):
+    """The mean by allreduce of one fused vector under any of Horovod's own compressors (none, fp16).
+
+    A small allgather goes first: it says which parameters each rank has, so that no rank sends a parameter that none
+    of them has, and carries the ranks' terms.
+    """
+
+    def __init__(self, compression, process_set=None, op=hvd.Average, predivide: float = 1.0):
+        super().__init__(process_set, op)
+        self.compression, self.predivide = compression, predivide
+
+    def settings_lines(self) -> list[str]:
+        return [f"compression={getattr(self.compression, '__name__', type(self.compression).__name__)}"]
+
+    def prepare(self, tensors: Sequence[Tensor | None], starts_iteration: bool = True) -> Outgoing:
+        self._begin(tensors)
+        self.iteration += starts_iteration
+        vectors = [_as_dense(tensor) for tensor in tensors if tensor is not None]
+        return _outgoing(tensors, vectors)
+
+    def values(self, outgoing: Outgoing) -> list[Tensor | None]:
+        rounded = self.compression.decompress(*self.compression.compress(outgoing.vector))
+        return _cut(rounded, outgoing.sizes, outgoing.present)
+
+    def deliver(self, outgoing: Outgoing, stage: str, term: float = 0.0, names: Sequence[str] = ()):
+        sizes = torch.tensor(outgoing.sizes, dtype=torch.int64)
+        here = torch.tensor(outgoing.present, dtype=torch.int64)
+        body = torch.stack((here, sizes)).view(torch.uint8).view(-1)
+        records, bodies = self.group.gather_records(Record(self.step, stage, term), body, "exchange")
+        others = torch.stack([other.clone().view(torch.int64).view(2, -1) for other in bodies])
+        present, common = others[:, 0].amax(dim=0).bool().tolist(), others[:, 1].amax(dim=0).tolist()
+        mean = self._allreduce(_filled(outgoing, common))
+        self.step += 1
+        return _cut(mean, common, present), [record.term for record in records]
+
+    def _allreduce(self, vector: Tensor) -> Tensor:
+        compressed, context = self.compression.compress(vector)
+        if len(compressed) == 0:
+            return vector
+        mean = hvd.allreduce(
+            self.communication.count(compressed),
+            name="hvd_qgenx.allreduce",
+            op=self.op,
+            prescale_factor=1.0 / self.predivide,
+            postscale_factor=self.predivide,
+            process_set=self.group.process_set,
+        )
+        return self.compression.decompress(mean, context)
+
+
+def _as_dense(tensor: Tensor) -> Tensor:
+    """A CPU vector of a type that Horovod can reduce."""
+    vector = tensor.detach().cpu().reshape(-1)
+    return vector.float() if vector.dtype == torch.bfloat16 else vector
+
+
+def _filled(outgoing: Outgoing, common: Sequence[int]) -> Tensor:
+    """The vector with zeros for those parameters that other ranks have and this one does not."""
+    parts = outgoing.vector.split(list(outgoing.sizes))
+    vectors = [part if len(part) == size else torch.zeros(size) for part, size in zip(parts, common, strict=True)]
+    return torch.cat(vectors) if vectors else outgoing.vector
+
+
+class PayloadExchange(Exchange):
+    """The mean by allgather of coded payloads, decoded and added on every rank in rank order."""
+
+    def __init__(self, settings: Settings, process_set=None, op=hvd.Average):
+        super().__init__(process_set, op)
+        self.settings = settings
+        self.codec = settings.codec()
+        self.version = 0
+
+    def settings_lines(self) -> list[str]:
+        return self.settings.describe()
+
+    def prepare(self, tensors: Sequence[Tensor | None], starts_iteration: bool = True) -> Outgoing:
+        """Quantises; at the start of an iteration that the schedule names, after all ranks have fitted new levels."""
+        self._begin(tensors)
+        outgoing = _outgoing(tensors, [as_vector(tensor) for tensor in tensors if tensor is not None])
+        if starts_iteration:
+            if self._is_due():
+                self._adapt(outgoing)
+            self.iteration += 1
+        encoded = self._quantize(outgoing)
+        decoded = self.codec.dequantize(encoded)
+        self._measure(outgoing.vector, decoded)
+        return Outgoing(outgoing.present, outgoing.sizes, outgoing.vector, encoded, decoded)
+
+    def _is_due(self) -> bool:
+        """By the schedule, or because no gradient so far had anything to fit to."""
+        unfitted = self.settings.levels == "adaptive" and self.version == 0
+        return unfitted or self.settings.adapts(self.iteration)
+
+    def _quantize(self, outgoing: Outgoing) -> Encoded:
+        key = Key(self.settings.seed, hvd.rank(), self.step)
+        return self.codec.quantize(outgoing.vector, key, outgoing.sizes)
+
+    def _adapt(self, outgoing: Outgoing) -> None:
+        encoded = self._quantize(outgoing)
+        message = Statistics.measure(encoded.coded(outgoing.vector), encoded).to_message()
+        _, bodies = self.group.gather_records(Record(self.step, "adaptation"), message.view(torch.uint8), "exchange")
+        parts = [Statistics.from_message(body.clone().view(torch.int64)) for body in bodies]
+        if fitted := fit(Statistics.merged(parts), self.settings.bits):
+            self.codec = self.settings.codec(*fitted)
+            self.version += 1
+            self.communication.codebook_version = self.version
+
+    def _measure(self, vector: Tensor, decoded: Tensor) -> None:
+        finite = torch.where(decoded.isfinite(), vector, 0.0).double()
+        error = torch.where(decoded.isfinite(), decoded, 0.0).double() - finite
+        self.communication.squared_error += float(error.square().sum())
+        self.communication.squared_norm += float(finite.square().sum())
+
+    def values(self, outgoing: Outgoing) -> list[Tensor | None]:
+        return _cut(outgoing.decoded, outgoing.sizes, outgoing.present)
+
+    def gather(self, outgoing: Outgoing, stage: str, term: float = 0.0) -> tuple[Gathered, list[float]]:
+        """All ranks' payloads and terms."""
+        payload = self.codec.pack(outgoing.encoded, inline=False)
+        records, payloads = self.group.gather_records(Record(self.step, stage, term), payload, "exchange")
+        self.step += 1
+        return Gathered(self.codec, payloads), [record.term for record in records]
+
+    def deliver(self, outgoing: Outgoing, stage: str, term: float = 0.0, names: Sequence[str] = ()):
+        gathered, terms = self.gather(outgoing, stage, term)
+        means = [gathered.mean_of_present(index) for index in range(len(outgoing.sizes))]
+        self.check_finite(means, names)
+        scale = self.group.size if self.op == hvd.Sum else 1
+        return [mean if mean is None else mean * scale for mean in means], terms
+
+    def check_finite(self, means: Sequence[Tensor | None], names: Sequence[str]) -> None:
+        """Warns once, or raises, naming the parameters whose mean is NaN because some rank's was not finite."""
+        broken = [name for mean, name in zip(means, names, strict=False) if _spoiled(mean)]
+        if not broken:
+            return
+        message = f"the gradient of {', '.join(broken)} is not finite on some rank: its mean is NaN on all ranks"
+        if self.settings.nonfinite == "raise":
+            raise FloatingPointError(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def state_dict(self) -> dict:
+        """Counters, and the codebook in use: plain numbers."""
+        counts = None if self.codec.counts is None else list(self.codec.counts)
+        codebook = {"version": self.version, "levels": list(self.codec.levels.values), "counts": counts}
+        return {**super().state_dict(), **codebook}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        if "levels" not in state:  # written under another compression: only the counters carry over
+            return
+        self.version = self.communication.codebook_version = state["version"]
+        self.codec = self.settings.codec(Levels(tuple(state["levels"])), state["counts"])
+
+
+def _spoiled(mean: Tensor | None) -> bool:
+    """A gradient that is not finite makes its whole mean NaN, so the first element tells."""
+    return mean is not None and len(mean) > 0 and bool(mean[0].isnan())
+
+
+class Gathered:
+    """All ranks' payloads of one exchange, decoded once, when first asked for a mean."""
+
+    def __init__(self, codec: Codec, payloads: list[Tensor]):
+        self.codec, self.payloads = codec, payloads
+        self.sizes = [parse(payload).header.sizes for payload in payloads]
+
+    @cached_property
+    def fused(self) -> tuple[Tensor, ...]:
+        """Means of sections that are the same on all ranks."""
+        return self.codec.decode_mean(self.payloads).split(list(self.sizes[0]))
+
+    @cached_property
+    def parts(self) -> list[tuple[Tensor, ...]]:
+        """Each rank's own sections."""
+        decoded = [self.codec.decode_mean([payload]) for payload in self.payloads]
+        return [vector.split(list(sizes)) for vector, sizes in zip(decoded, self.sizes, strict=True)]
+
+    @cached_property
+    def aligned(self) -> bool:
+        return all(sizes == self.sizes[0] for sizes in self.sizes)
+
+    def mean_of_present(self, index: int) -> Tensor | None:
+        """Of section ``index`` of all ranks; one that a rank lacks counts as zero, one that all lack is None."""
+        if not any(sizes[index] for sizes in self.sizes):
+            return None
+        if self.aligned:
+            return self.fused[index]
+        return _mean([parts[index] for parts in self.parts if len(parts[index])], len(self.parts))
+
+    def mean_of(self, sections: Sequence[int]) -> Tensor:
+        """Of section ``sections[rank]`` of every rank."""
+        found = [sizes[section : section + 1] for sizes, section in zip(self.sizes, sections, strict=True)]
+        if any(size != found[0] or not size for size in found):
+            seen = ", ".join(f"rank {rank} has {size[0] if size else 'none'}" for rank, size in enumerate(found))
+            raise DisagreementError(f"ranks disagree on the coordinates of one tensor: {seen}")
+        if self.aligned and len(set(sections)) == 1:
+            return self.fused[sections[0]]
+        parts = [parts[section] for parts, section in zip(self.parts, sections, strict=True)]
+        return _mean(parts, len(parts))
+
+
+def _mean(parts: Sequence[Tensor], count: int) -> Tensor:
+    """The float32 sum in the given order, divided by ``count``: what ``decode_mean`` does."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total.add_(part)
+    return total.div_(count)

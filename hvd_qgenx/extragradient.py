@@ -1,0 +1,149 @@
+"""Extra-gradient on any torch optimizer: look ahead, then step from where you were.
+
+    x_{t+1/2} = x_t + update(g(x_t))
+    x_{t+1}   = x_t + update(g(x_{t+1/2}))
+
+Knows nothing of communication. The point x_t is saved in the optimizer's own state ("anchor"), so that a checkpoint
+between the two half-steps loses nothing. Source: Korpelevich (1976); for GANs Gidel et al. (2019), algorithm 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+class OptimizerView(torch.optim.Optimizer):
+    """An optimizer that is a view of another: it shares param_groups, state and defaults and owns nothing."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self.optimizer = optimizer
+        # What Optimizer does for an unpickled one: it sets up hooks and touches neither groups nor state.
+        self.__setstate__({})
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    @property
+    def state(self):
+        return self.optimizer.state
+
+    @property
+    def defaults(self):
+        return self.optimizer.defaults
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of all parameters."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Adds a group of parameters."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict:
+        """The other optimizer's state, in which this view keeps what it must remember."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continues exactly from a ``state_dict``."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r})"
+
+
+class ExtraGradient(OptimizerView):
+    """Extra-gradient whose update rule is that of ``base_optimizer``.
+
+    The base's moments advance in both half-steps, as in Gidel et al. A closure given to ``step`` is evaluated at both
+    points.
+
+    Example:
+        >>> optimizer = ExtraGradient(torch.optim.RMSprop(model.parameters(), lr=1e-3))
+        >>> optimizer.zero_grad(); loss().backward(); optimizer.extrapolation()
+        >>> optimizer.zero_grad(); loss().backward(); optimizer.step()
+    """
+
+    #: Whether ``extrapolation`` reads gradients; a distributed wrapper asks, to know if there is one to exchange.
+    extrapolation_uses_gradient = True
+
+    def __init__(self, base_optimizer: torch.optim.Optimizer):
+        super().__init__(base_optimizer)
+        for group in self.param_groups:
+            group.setdefault("extrapolated", False)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Adds a group of parameters."""
+        super().add_param_group(param_group)
+        self.param_groups[-1].setdefault("extrapolated", False)
+
+    @property
+    def extrapolated(self) -> bool:
+        """Whether parameters are at x_{t+1/2}."""
+        return any(group.get("extrapolated", False) for group in self.param_groups)
+
+    @torch.no_grad()
+    def extrapolation(self) -> None:
+        """Moves to x_{t+1/2}. A second call before ``step`` moves on from there; ``step`` still starts at x_t."""
+        first = not self.extrapolated
+        here = {p: p.clone() for p in self._moving()}
+        self.optimizer.step()
+        for p, x in here.items():
+            if first or "anchor" not in self.state[p]:
+                self.state[p]["anchor"] = x
+        self._set_extrapolated(True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """Moves to x_{t+1}. With a closure it makes the whole iteration and returns the loss at x_t.
+
+        Raises:
+            RuntimeError: without a closure, if there was no ``extrapolation`` since the last step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            self.extrapolation()
+            with torch.enable_grad():
+                closure()
+        if not self.extrapolated:
+            raise RuntimeError("step() needs an extrapolation() before it, or a closure")
+        self._step_from_anchor()
+        return loss
+
+    def _step_from_anchor(self) -> None:
+        ahead = {p: p.clone() for p in self._moving()}
+        self.optimizer.step()
+        for p, x_half in ahead.items():
+            # The base moved x_{t+1/2} by its update, weight decay included; the same move belongs to x_t.
+            if "anchor" in self.state[p]:
+                p.copy_(self.state[p]["anchor"] + (p - x_half))
+        self._set_extrapolated(False)
+
+    def _moving(self) -> list[torch.Tensor]:
+        """Parameters that have a gradient now, or had one in an earlier half-step."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return [p for p in parameters if p.grad is not None or "anchor" in self.state.get(p, ())]
+
+    def _set_extrapolated(self, value: bool) -> None:
+        for group in self.param_groups:
+            group["extrapolated"] = value
+
+
+class ExtraSGD(ExtraGradient):
+    """``ExtraGradient(torch.optim.SGD(params, ...))``; arguments as there."""
+
+    def __init__(self, params, lr: float = 1e-3, **options):
+        super().__init__(torch.optim.SGD(params, lr=lr, **options))
+
+
+class ExtraAdam(ExtraGradient):
+    """``ExtraGradient(torch.optim.Adam(params, ...))``; arguments as there. Source: Gidel et al. (2019), algorithm 4."""
+
+    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), **options):
+        super().__init__(torch.optim.Adam(params, lr=lr, betas=betas, **options))

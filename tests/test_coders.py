@@ -1,0 +1,139 @@
+"""Code words, codebooks and the bit-plane layout."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvd_qgenx.coders import (
+    CODERS,
+    MAX_WORD,
+    CodeError,
+    canonical_words,
+    codebook,
+    elias_delta,
+    elias_gamma,
+    elias_omega,
+    huffman_lengths,
+)
+from hvd_qgenx.quantize import Buckets
+
+
+def test_elias_code_words_are_those_of_elias_1975():
+    gamma = {1: "1", 2: "010", 3: "011", 4: "00100", 5: "00101", 8: "0001000", 17: "000010001"}
+    delta = {1: "1", 2: "0100", 3: "0101", 4: "01100", 8: "00100000", 17: "001010001"}
+    omega = {1: "0", 2: "100", 3: "110", 4: "101000", 7: "101110", 8: "1110000", 16: "10100100000", 100: "1011011001000"}
+    assert {n: elias_gamma(n) for n in gamma} == gamma
+    assert {n: elias_delta(n) for n in delta} == delta
+    assert {n: elias_omega(n) for n in omega} == omega
+
+
+def test_elias_lengths_are_those_of_the_table():
+    lengths = {1: (1, 1, 1), 2: (3, 4, 3), 4: (5, 5, 6), 8: (7, 8, 7), 16: (9, 9, 11), 32: (11, 10, 12), 100: (13, 11, 13),
+               1000: (19, 16, 17), 10**6: (39, 28, 31)}  # fmt: skip
+    for n, expected in lengths.items():
+        assert (len(elias_gamma(n)), len(elias_delta(n)), len(elias_omega(n))) == expected
+
+
+def test_huffman_lengths_and_canonical_words_are_exact():
+    assert huffman_lengths([8, 4, 2, 1, 1]) == (1, 2, 3, 4, 4)
+    assert canonical_words((1, 2, 3, 4, 4)) == ("0", "10", "110", "1110", "1111")
+    assert canonical_words((2, 1, 2)) == ("10", "0", "11")
+
+
+def test_huffman_ties_go_by_index():
+    assert huffman_lengths([1, 1, 1]) == (2, 2, 1)
+    assert huffman_lengths([5, 5]) == (1, 1)
+
+
+def test_one_symbol_has_the_empty_word():
+    assert huffman_lengths([7]) == (0,)
+    assert canonical_words((0,)) == ("",)
+
+
+def test_symbols_never_seen_have_a_word():
+    assert all(length > 0 for length in huffman_lengths([1000, 0, 0, 0]))
+
+
+def test_huffman_words_are_never_longer_than_the_limit():
+    fibonacci = [1, 1]
+    while len(fibonacci) < 60:
+        fibonacci.append(fibonacci[-1] + fibonacci[-2])
+    assert max(huffman_lengths(fibonacci)) == MAX_WORD
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 2**40), min_size=2, max_size=128))
+def test_huffman_is_complete_and_within_one_bit_of_the_entropy(counts):
+    lengths = huffman_lengths(counts)
+    assert sum(2.0**-length for length in lengths) == 1.0
+    counts = [max(count, 1) for count in counts]
+    total = sum(counts)
+    mean = sum(count * length for count, length in zip(counts, lengths, strict=True)) / total
+    entropy = -sum(count / total * math.log2(count / total) for count in counts)
+    assert entropy - 1e-9 <= mean
+    if max(lengths) < MAX_WORD:  # no word had to be shortened
+        assert mean < entropy + 1
+
+
+def test_lengths_that_break_kraft_are_refused():
+    with pytest.raises(CodeError, match="Kraft"):
+        canonical_words((1, 1, 1))
+
+
+@pytest.mark.parametrize("coder", CODERS)
+@pytest.mark.parametrize("num_levels", [1, 3, 7, 127])
+def test_no_code_word_is_the_beginning_of_another(coder, num_levels):
+    words = codebook(coder, num_levels, [1] * (num_levels + 1)).words
+    if coder != "fixed":
+        assert not any(a != b and b.startswith(a) for a in words for b in words)
+
+
+def _symbols(buckets, num_levels, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-num_levels, num_levels + 1, buckets.bucket_of.shape, generator=generator).to(torch.int8)
+
+
+@pytest.mark.parametrize("coder", CODERS)
+@pytest.mark.parametrize("num_levels", [1, 2, 7, 127])
+@pytest.mark.parametrize("sizes", [(0,), (1,), (13,), (63, 64, 65), (640, 0, 7)])
+def test_symbols_survive_and_take_the_bits_of_their_words(coder, num_levels, sizes):
+    buckets = Buckets.cut(sizes, 64)
+    symbols = _symbols(buckets, num_levels)
+    book = codebook(coder, num_levels, list(range(num_levels + 1)))
+    packed, byte_lengths = book.encode(symbols, buckets)
+    assert torch.equal(book.decode(packed, byte_lengths, buckets), symbols)
+    for index, bucket in enumerate(symbols.split(buckets.lengths.tolist())):
+        bits = sum(book.width or len(book.words[abs(m)]) + (m != 0) for m in bucket.tolist())
+        assert byte_lengths[index] == (bits + 7) // 8
+
+
+def test_planes_hold_the_bits_node_by_node():
+    # Words 0, 10, 11 for the magnitudes 0, 1, 2: root plane of all five, plane of node "1", then signs of non-zeros.
+    book = codebook("huffman", 2, [4, 1, 1])
+    assert book.words == ("0", "10", "11")
+    packed, _ = book.encode(torch.tensor([0, -2, 1, 0, 2], dtype=torch.int8), Buckets.cut([5], 8))
+    assert packed.tolist() == [0b10110110, 0b001]  # 0 1 1 0 1 | 1 0 1 | 1 0 0, first bit lowest
+
+
+def test_fixed_width_packs_symbol_plus_s_lowest_bit_first():
+    book = codebook("fixed", 7)
+    packed, _ = book.encode(torch.tensor([-7, 7, 0], dtype=torch.int8), Buckets.cut([3], 8))
+    assert packed.tolist() == [0 + (14 << 4), 7]
+
+
+@pytest.mark.parametrize("coder", CODERS)
+def test_damaged_codes_never_decode_to_symbols_out_of_range(coder):
+    buckets = Buckets.cut((200,), 64)
+    book = codebook(coder, 5, [9, 5, 3, 2, 1, 1])
+    packed, byte_lengths = book.encode(_symbols(buckets, 5), buckets)
+    generator, rejected = torch.Generator().manual_seed(1), 0
+    for _ in range(200):
+        noise = torch.randint(0, 256, packed.shape, generator=generator).to(torch.uint8)
+        try:
+            assert book.decode(noise, byte_lengths, buckets).abs().max() <= 5
+        except CodeError:
+            rejected += 1
+    assert rejected > 100

@@ -1,0 +1,135 @@
+"""Norms, draws and stochastic rounding: unbiased, exact where they can be."""
+
+import math
+
+import pytest
+import torch
+
+from hvd_qgenx import Codec, Key, Levels
+from hvd_qgenx import reference
+from hvd_qgenx.quantize import Buckets, bucket_norms
+
+
+def test_l2_norm_is_rounded_up_so_that_no_magnitude_passes_one():
+    torch.manual_seed(0)
+    rows = torch.randn(5000, 48) * torch.logspace(-40, 37, 5000)[:, None]
+    norms, exact = reference.l2_norms(rows), rows.double().square().sum(1).sqrt()
+    assert (norms.double() >= exact * (1 - 1e-15)).all()
+    assert (rows.abs() / norms[:, None]).max() <= 1.0
+
+
+def test_norms_neither_overflow_nor_underflow():
+    buckets = Buckets.cut([4], 4)
+    assert bucket_norms(torch.tensor([3e38, 0.0, 0.0, 0.0]), buckets, "l2") == torch.tensor(3e38)
+    assert bucket_norms(torch.tensor([1e-45, 0.0, 0.0, 0.0]), buckets, "l2") == torch.tensor(1e-45)
+    assert bucket_norms(torch.tensor([3e38, 3e38, 0.0, 0.0]), buckets, "l2").isnan()
+
+
+def test_l2_norm_adds_in_the_documented_order():
+    row = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
+    lanes = [0.0] * 16
+    for index, value in enumerate(row[0].double().tolist()):
+        lanes[index % 16] += value * value
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = [lanes[j] + lanes[j + half] for j in range(half)]
+    exact = math.sqrt(lanes[0])
+    rounded = torch.tensor(exact, dtype=torch.float64).float()
+    expected = rounded if rounded.double() >= exact else rounded.nextafter(torch.tensor(math.inf))
+    assert reference.l2_norms(row)[0] == expected
+
+
+def test_draws_are_those_of_the_integer_formula():
+    """The generator written once more, in Python's integers: no backend and no later version may draw others."""
+    words = (0x12345678, 0xFABCDEF0)
+    expected = []
+    for pair in range(2000):
+        x = (pair + words[0]) % 2**32
+        x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+        x = ((x ^ x >> 15) + words[1]) % 2**32 * 0x846CA68B % 2**32
+        x ^= x >> 16
+        expected += [x % 2**16, x >> 16]
+    assert reference.draws(words, 3999).tolist() == expected[:3999]
+    assert expected[:4] == [62853, 24644, 58752, 43476]
+
+
+def test_key_words_are_those_written_down():
+    assert Key(seed=1, rank=2, step=3, stream=4).words == (94439791, 729390280)
+
+
+def test_draws_do_not_depend_on_how_many_are_asked_for():
+    words = Key(0, 0, 0).words
+    assert torch.equal(reference.draws(words, 1000)[:7], reference.draws(words, 7))
+
+
+def test_draws_are_even_and_independent_of_rank_step_stream_and_neighbour():
+    n = 2**20
+    streams = [reference.draws(Key(0, r, t, s).words, n).double() for r, t, s in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    for stream in streams:
+        # 256 cells of 4096 expected: chi-squared has mean 255 and deviation 22.6; 6 deviations.
+        counts = torch.histc(stream, 256, 0, 2**16)
+        assert abs(((counts - n / 256) ** 2 / (n / 256)).sum() - 255) < 6 * 22.6
+    unit = [(stream - 32767.5) / 18918.6 for stream in streams]
+    pairs = [(unit[0], other) for other in unit[1:]] + [(unit[0][:-lag], unit[0][lag:]) for lag in (1, 2, 16)]
+    for first, second in pairs:
+        assert abs((first * second).mean()) * math.sqrt(len(first)) < 5.0  # 5 deviations of a product's mean
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize(
+    "levels", [Levels.uniform(2), Levels.uniform(4), Levels.uniform(8), Levels.exponential(4), Levels((0.0, 0.011, 0.3, 1.0))]
+)
+def test_rounding_is_unbiased(levels, norm):
+    d, repeats = 64, 4000
+    vector = torch.randn(d, generator=torch.Generator().manual_seed(3))
+    codec = Codec(levels, coder="fixed", bucket_size=d, norm=norm)
+    total = torch.zeros(d, dtype=torch.float64)
+    for step in range(8):
+        encoded = codec.quantize(vector.repeat(repeats), Key(5, step % 3, step), (d * repeats,))
+        total += codec.dequantize(encoded).view(repeats, d).double().sum(0)
+    deviation = _deviation(vector, levels, norm)
+    error = (total / (8 * repeats) - vector.double()).abs()
+    # z below 5 for 64 coordinates: false alarm 4e-5 a case; 2**-17 of a gap is the documented resolution.
+    assert (error <= 5 * deviation / math.sqrt(8 * repeats) + 2.0**-17 * float(vector.norm())).all()
+
+
+def _deviation(vector, levels, norm):
+    """Exact deviation of each rounded coordinate: norm sqrt((l+ - u)(u - l-))."""
+    scale = vector.double().norm() if norm == "l2" else vector.double().abs().max()
+    table, u = torch.tensor(levels.values, dtype=torch.float64), vector.double().abs() / scale
+    lower = (torch.searchsorted(table, u, right=True) - 1).clamp(max=levels.num_levels - 1)
+    return scale * ((table[lower + 1] - u) * (u - table[lower])).clamp(min=0).sqrt()
+
+
+def test_measured_variance_is_the_exact_sum():
+    torch.manual_seed(4)
+    levels, d, repeats = Levels.exponential(4), 256, 2000
+    vector = torch.randn(d)
+    codec = Codec(levels, coder="fixed", bucket_size=d)
+    decoded = codec.dequantize(codec.quantize(vector.repeat(repeats), Key(0, 0, 0), (d * repeats,)))
+    measured = (decoded.view(repeats, d) - vector).double().square().sum(1)
+    exact = _deviation(vector, levels, "l2").square().sum()
+    assert abs(measured.mean() - exact) < 5 * measured.std() / math.sqrt(repeats)
+
+
+def test_values_on_a_level_are_kept_exactly():
+    levels = Levels.uniform(4)
+    vector = torch.tensor(levels.values + tuple(-value for value in levels.values)) * 8.0
+    codec = Codec(levels, norm="linf")
+    assert torch.equal(codec.decode_mean([codec.encode(vector, Key(0, 0, 0))]), vector)
+
+
+def test_the_largest_element_never_passes_its_level():
+    generator = torch.Generator().manual_seed(0)
+    for bits in (2, 4, 8):
+        vector = torch.randn(64 * 4096, generator=generator) * 10
+        encoded = Codec(Levels.uniform(bits), bucket_size=64, norm="linf").quantize(vector, Key(0, 0, 0), (len(vector),))
+        rows = vector.view(-1, 64)
+        largest = encoded.quantized.symbols.view(-1, 64).gather(1, rows.abs().argmax(1, keepdim=True))
+        assert (largest.abs() == 2 ** (bits - 1) - 1).all()
+
+
+@pytest.mark.parametrize("arguments", [(-1, 0, 0), (0, -1, 0), (0, 0, -1), (0, 0, 0, -1), (2**64, 0, 0), (0.5, 0, 0)])
+def test_a_key_out_of_range_is_refused_by_name(arguments):
+    with pytest.raises(ValueError, match=r"(seed|rank|step|stream) must be an integer"):
+        Key(*arguments)
