@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -96,7 +97,7 @@ class Statistics:
         usable = norms.isfinite() & (norms > 0)
         squares = torch.where(usable, norms.double().square(), 0.0)
         heaviest = float(squares.max()) if len(squares) else 0.0
-        exponent = int(torch.tensor(heaviest).frexp().exponent) - _WEIGHT_BITS if heaviest > 0 else _NOTHING
+        exponent = math.frexp(heaviest)[1] - _WEIGHT_BITS if heaviest > 0 else _NOTHING
         weights = (squares * 2.0**-exponent).long() if heaviest > 0 else torch.zeros(len(squares), dtype=torch.int64)
         owner = buckets.bucket_of
         return cls(exponent, reference.histogram(u, weights[owner]), reference.histogram(u, usable.long()[owner]))

@@ -28,6 +28,7 @@ class _Materialising(OptimizerView):
 
     def step(self, closure=None):
         """Creates the optimizer's state as a placeholder, dropped again unless a broadcast overwrites it."""
+        self._recall()
         parameters = [p for group in self.param_groups for p in group["params"]]
         saved = [p.detach().clone() for p in parameters]
         options = [dict(group) for group in self.param_groups]
@@ -256,12 +257,12 @@ class DistributedOptimizer(_Materialising):
 def _make_exchange(compression, process_set, op, predivide: float) -> Exchange:
     if not hvd.is_initialized():
         raise RuntimeError("Horovod is not initialized: call horovod.torch.init() first")
+    if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
+        raise ValueError(f"compression must be one of Compression's or a compressor of Horovod's, got {compression!r}")
     if not process_set.included() or process_set.size() == 1:
         return NoExchange(process_set, op)
     if isinstance(compression, QGenXCompressor):
         return PayloadExchange(compression.settings, process_set, op)
-    if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
-        raise ValueError(f"compression must be one of Compression's or a compressor of Horovod's, got {compression!r}")
     return DenseExchange(compression, process_set, op, predivide)
 
 

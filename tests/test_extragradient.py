@@ -1,0 +1,219 @@
+"""Extra-gradient: two steps by hand, convergence where plain descent diverges, checkpoints between the half-steps."""
+
+import copy
+
+import pytest
+import torch
+
+from hvd_qgenx import ExtraAdam, ExtraGradient, ExtraSGD
+
+
+def _game():
+    """min_x max_y x y, from (1, 1), as one operator: g = (y, -x)."""
+    x, y = (torch.tensor([1.0], dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def gradients():
+        x.grad, y.grad = y.detach().clone(), -x.detach().clone()
+
+    return x, y, gradients
+
+
+def _half_steps(optimizer, gradients, count=1):
+    for _ in range(count):
+        gradients()
+        optimizer.extrapolation()
+        gradients()
+        optimizer.step()
+
+
+def test_two_iterations_of_extra_sgd_by_hand():
+    x, y, gradients = _game()
+    optimizer = ExtraSGD([x, y], lr=0.5)
+    gradients()
+    optimizer.extrapolation()
+    assert (x.item(), y.item()) == (0.5, 1.5)  # 1 - 0.5 * 1, 1 + 0.5 * 1
+    gradients()
+    optimizer.step()
+    assert (x.item(), y.item()) == (0.25, 1.25)  # 1 - 0.5 * 1.5, 1 + 0.5 * 0.5
+    gradients()
+    optimizer.extrapolation()
+    assert (x.item(), y.item()) == (-0.375, 1.375)  # 0.25 - 0.5 * 1.25, 1.25 + 0.5 * 0.25
+    gradients()
+    optimizer.step()
+    assert (x.item(), y.item()) == (-0.4375, 1.0625)  # 0.25 - 0.5 * 1.375, 1.25 + 0.5 * -0.375
+
+
+def test_two_iterations_of_extra_adam_by_hand():
+    """Written out: moments and count advance in both half-steps; both moves start from the same point."""
+    lr, (b1, b2), eps = 0.1, (0.5, 0.9), 1e-8
+    x, y, gradients = _game()
+    optimizer = ExtraAdam([x, y], lr=lr, betas=(b1, b2))
+    point, m, v, count = [1.0, 1.0], [0.0, 0.0], [0.0, 0.0], 0
+
+    def update(at):
+        nonlocal count
+        count += 1
+        moves = []
+        for i, g in enumerate((at[1], -at[0])):
+            m[i] = b1 * m[i] + (1 - b1) * g
+            v[i] = b2 * v[i] + (1 - b2) * g * g
+            moves.append(-lr * (m[i] / (1 - b1**count)) / ((v[i] / (1 - b2**count)) ** 0.5 + eps))
+        return moves
+
+    for _ in range(2):
+        half = [p + d for p, d in zip(point, update(point), strict=True)]
+        gradients()
+        optimizer.extrapolation()
+        assert [x.item(), y.item()] == pytest.approx(half, rel=1e-14)
+        point = [p + d for p, d in zip(point, update(half), strict=True)]
+        gradients()
+        optimizer.step()
+        assert [x.item(), y.item()] == pytest.approx(point, rel=1e-14)
+
+
+def test_extra_sgd_converges_on_the_bilinear_game_where_sgd_diverges():
+    x, y, gradients = _game()
+    _half_steps(ExtraSGD([x, y], lr=0.3), gradients, 400)
+    assert abs(x.item()) + abs(y.item()) < 1e-6
+    x, y, gradients = _game()
+    plain = torch.optim.SGD([x, y], lr=0.3)
+    for _ in range(400):
+        gradients()
+        plain.step()
+    assert abs(x.item()) + abs(y.item()) > 1e6
+
+
+BASES = {
+    "sgd_nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adam_amsgrad": lambda p: torch.optim.Adam(p, lr=0.05, amsgrad=True),
+    "adam_foreach": lambda p: torch.optim.Adam(p, lr=0.05, foreach=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.05),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.05),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.05),
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_any_optimizer_extrapolates(base):
+    """Beside the same optimizer driven by hand: move, keep the point, move again, put the second move on the start."""
+    x, y, gradients = _game()
+    _half_steps(ExtraGradient(BASES[base]([x, y])), gradients, 20)
+    u, v, others = _game()
+    rule = BASES[base]([u, v])
+    for _ in range(20):
+        points = []
+        for _ in range(2):
+            points.append([u.item(), v.item()])
+            others()
+            rule.step()
+        with torch.no_grad():
+            for p, start, half in zip((u, v), *points, strict=True):
+                p.copy_(start + (p - half))
+    assert (x.item(), y.item()) == (u.item(), v.item())
+
+
+def test_weight_decay_is_part_of_the_operator():
+    x, y, gradients = _game()
+    _half_steps(ExtraSGD([x, y], lr=0.5, weight_decay=1.0), gradients)
+    # g = (y + x, y - x): half-step (1 - 0.5 * 2, 1 - 0.5 * 0) = (0, 1), then (1 - 0.5 * 1, 1 - 0.5 * 1).
+    assert (x.item(), y.item()) == (0.5, 0.5)
+
+
+def test_a_closure_is_evaluated_at_both_points():
+    x, y, gradients = _game()
+    seen = []
+
+    def closure():
+        gradients()
+        seen.append((x.item(), y.item()))
+        return x.detach() * y.detach()
+
+    assert ExtraSGD([x, y], lr=0.5).step(closure) == 1.0
+    assert seen == [(1.0, 1.0), (0.5, 1.5)]
+    assert (x.item(), y.item()) == (0.25, 1.25)
+
+
+@pytest.mark.parametrize("make", [ExtraSGD, ExtraAdam])
+@pytest.mark.parametrize("halfway", [False, True])
+def test_a_checkpoint_continues_bit_exactly_also_between_the_half_steps(make, halfway):
+    x, y, gradients = _game()
+    optimizer = make([x, y], lr=0.1)
+    _half_steps(optimizer, gradients, 3)
+    if halfway:
+        gradients()
+        optimizer.extrapolation()
+    saved = copy.deepcopy((x, y, optimizer.state_dict()))
+
+    def finish(optimizer, gradients):
+        if halfway:
+            gradients()
+            optimizer.step()
+        _half_steps(optimizer, gradients, 3)
+
+    finish(optimizer, gradients)
+    u, v, others = _game()
+    with torch.no_grad():
+        u.copy_(saved[0])
+        v.copy_(saved[1])
+    resumed = make([u, v], lr=0.7)
+    resumed.load_state_dict(saved[2])
+    finish(resumed, others)
+    assert torch.equal(u, x) and torch.equal(v, y)
+
+
+def test_a_parameter_without_gradient_stays_and_its_old_anchor_is_forgotten():
+    x, y, gradients = _game()
+    optimizer = ExtraSGD([x, y], lr=0.5)
+    _half_steps(optimizer, gradients, 2)
+    with torch.no_grad():
+        y.fill_(5.0)  # moved by somebody else
+    for half_step in (optimizer.extrapolation, optimizer.step):
+        gradients()
+        y.grad = None
+        half_step()
+    assert y.item() == 5.0
+
+
+def test_a_second_extrapolation_moves_on_and_step_starts_from_the_first_point():
+    x, y, gradients = _game()
+    optimizer = ExtraSGD([x, y], lr=0.5)
+    for half_step in (optimizer.extrapolation, optimizer.extrapolation, optimizer.step):
+        gradients()
+        half_step()
+    # (0.5, 1.5), then (0.5 - 0.75, 1.5 + 0.25) = (-0.25, 1.75), then (1 - 0.875, 1 - 0.125)
+    assert (x.item(), y.item()) == (0.125, 0.875)
+
+
+def test_step_without_extrapolation_says_what_is_missing():
+    with pytest.raises(RuntimeError, match=r"step\(\) needs an extrapolation\(\) before it"):
+        ExtraSGD([torch.zeros(1, requires_grad=True)], lr=0.1).step()
+
+
+def test_what_is_no_optimizer_is_refused():
+    with pytest.raises(ValueError, match="optimizer must be a torch.optim.Optimizer, got int"):
+        ExtraGradient(3)
+
+
+@pytest.mark.parametrize("lr", [-1.0])
+def test_a_wrong_learning_rate_is_refused(lr):
+    with pytest.raises(ValueError, match="learning rate"):
+        ExtraAdam([torch.zeros(1, requires_grad=True)], lr=lr)
+
+
+def test_groups_added_later_take_part():
+    x, y, gradients = _game()
+    optimizer = ExtraSGD([x], lr=0.5)
+    optimizer.add_param_group({"params": [y], "lr": 0.5})
+    _half_steps(optimizer, gradients)
+    assert (x.item(), y.item()) == (0.25, 1.25)
+
+
+def test_schedulers_and_the_wrapped_optimizer_see_the_same_groups():
+    x, y, gradients = _game()
+    optimizer = ExtraSGD([x, y], lr=0.5)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    _half_steps(optimizer, gradients)
+    scheduler.step()
+    assert optimizer.optimizer.param_groups[0]["lr"] == 0.25

@@ -1,0 +1,36 @@
+"""Runs tests/parallel under horovodrun: real processes, Gloo and MPI."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "parallel"
+RUNS = [
+    ("gloo", 3, "check_dropin.py"),
+    ("gloo", 3, "check_wrapper.py"),
+    ("gloo", 2, "check_dropin.py"),
+    ("gloo", 2, "check_wrapper.py"),
+    ("gloo", 2, "check_bytes.py"),
+    ("mpi", 3, "check_dropin.py"),
+    ("mpi", 2, "check_wrapper.py"),
+]
+
+
+@pytest.mark.parametrize(("backend", "ranks", "file"), RUNS)
+def test_every_rank_passes(backend, ranks, file):
+    done = run_ranks(backend, ranks, [sys.executable, "-m", "pytest", "-x", "-q", file])
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert done.stdout.count(" passed in ") == ranks
+
+
+def run_ranks(backend: str, ranks: int, command: list[str]) -> subprocess.CompletedProcess:
+    """A command on several ranks; the limit only ends a hang, which is a failure."""
+    launcher = ["horovodrun", f"--{backend}", "-np", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+    return subprocess.run(
+        [*launcher, *command], cwd=FOLDER, env=environment, text=True, timeout=400,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
