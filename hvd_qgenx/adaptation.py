@@ -64,7 +64,9 @@ class Settings:
         """Whether levels are fitted at the start of this iteration (counted from 0)."""
         if self.levels != "adaptive":
             return False
-        return iteration in self.adapt_at or (self.adapt_every > 0 and iteration > 0 and not iteration % self.adapt_every)
+        return iteration in self.adapt_at or (
+            self.adapt_every > 0 and iteration > 0 and not iteration % self.adapt_every
+        )
 
     def describe(self) -> list[str]:
         """One line for each setting, for ranks to compare."""

@@ -286,7 +286,9 @@ def _names(optimizer: torch.optim.Optimizer, named_parameters: Iterable | None) 
     if repeated:
         raise ValueError(f"named_parameters must have unique names, repeated: {', '.join(repeated)}")
     names = {p: name for name, p in pairs}
-    missing = [f"parameter {j} of group {i}" for i, group in enumerate(groups) for j, p in enumerate(group) if p not in names]
+    missing = [
+        f"parameter {j} of group {i}" for i, group in enumerate(groups) for j, p in enumerate(group) if p not in names
+    ]
     if missing:
         raise ValueError(f"named_parameters must name every parameter, not named: {', '.join(missing)}")
     return names

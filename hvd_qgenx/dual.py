@@ -82,7 +82,9 @@ class QGenX(torch.optim.Optimizer):
         if not self.extrapolated:
             raise RuntimeError("step() needs an extrapolation() before it, or a closure")
         first = self.param_groups[0]
-        first["sum_of_squares"] += self._local_difference() if self.squared_difference is None else self.squared_difference
+        first["sum_of_squares"] += (
+            self._local_difference() if self.squared_difference is None else self.squared_difference
+        )
         self.squared_difference = None
         for p in self._parameters():
             self._advance(p)

@@ -1,4 +1,4 @@
-"""Exchanges: the only room that calls collectives on payloads.
+"""Exchanges: the mean of a list of tensors over ranks.
 
 An exchange averages a list of tensors over ranks. Every kind has the same three verbs: ``prepare`` makes of a rank's
 tensors what it will send, ``values`` are what the others will see of it, ``deliver`` sends it and returns the means. A
@@ -7,7 +7,6 @@ parameter may be absent (None) on some ranks, which counts as zero, or on all, w
 
 from __future__ import annotations
 
-import struct
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,120 +17,11 @@ from torch import Tensor
 
 from hvd_qgenx.adaptation import Settings, Statistics, fit
 from hvd_qgenx.codec import Codec, Encoded
+from hvd_qgenx.collective import DisagreementError, Group, Record, hvd
 from hvd_qgenx.levels import Levels
 from hvd_qgenx.payload import parse
 from hvd_qgenx.quantize import Key, as_vector
 from hvd_qgenx.traffic import Communication
-
-try:
-    import horovod.torch as hvd
-except ImportError as error:
-    raise ImportError(
-        "exchanging gradients needs Horovod with PyTorch: pip install --no-build-isolation horovod "
-        "(see hvd_qgenx's README for a build that works with today's torch)"
-    ) from error
-
-# Lengths that change at every step would evict Horovod's response cache, so messages are padded to classes of this
-# many significant bits: 1.6 % more bytes at worst.
-_SIGNIFICANT_BITS = 6
-_RECORD = struct.Struct("<QQ16sd")
-
-
-class DisagreementError(RuntimeError):
-    """Ranks that were told, or that do, different things; raised on every rank, naming both."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """What precedes every message: its true length, and what the sender believes this exchange to be."""
-
-    step: int
-    stage: str
-    term: float = 0.0
-
-    def pack(self, body: Tensor) -> Tensor:
-        head = _RECORD.pack(_RECORD.size + len(body), self.step, self.stage.encode(), self.term)
-        return torch.cat((torch.frombuffer(bytearray(head), dtype=torch.uint8), body))
-
-    @classmethod
-    def unpack(cls, message: Tensor) -> tuple[Record, Tensor]:
-        _, step, stage, term = _RECORD.unpack_from(message.numpy())
-        return cls(step, stage.rstrip(b"\0").decode(), term), message[_RECORD.size :]
-
-    def __str__(self) -> str:
-        return f"exchange {self.step} ({self.stage})"
-
-
-def size_class(size: int) -> int:
-    """The smallest number of ``_SIGNIFICANT_BITS`` + 1 significant bits that is not below ``size``."""
-    unit = 1 << max(size.bit_length() - 1 - _SIGNIFICANT_BITS, 4)
-    return -(-size // unit) * unit
-
-
-def _split(gathered: Tensor) -> list[Tensor]:
-    """The messages in an allgather's output, each found by the length at its start, without their padding."""
-    messages, start = [], 0
-    while start < len(gathered):
-        (size,) = struct.unpack_from("<Q", gathered[start : start + 8].numpy())
-        messages.append(gathered[start : start + size])
-        start += size_class(size)
-    return messages
-
-
-class Group:
-    """The ranks that exchange: collectives on a process set, counted, and their agreement."""
-
-    def __init__(self, process_set=None):
-        self.process_set = hvd.global_process_set if process_set is None else process_set
-        self.communication = Communication()
-
-    def check_started(self) -> None:
-        if not hvd.is_initialized():
-            raise RuntimeError("Horovod is not initialized: call horovod.torch.init() first")
-
-    @property
-    def size(self) -> int:
-        return self.process_set.size() if self.included else 1
-
-    @property
-    def included(self) -> bool:
-        return self.process_set.included()
-
-    @property
-    def rank(self) -> int:
-        return self.process_set.rank()
-
-    def gather(self, message: Tensor, name: str) -> list[Tensor]:
-        """All ranks' messages, in rank order; each starts with its length in 8 bytes."""
-        padded = torch.zeros(size_class(len(message)), dtype=torch.uint8)
-        padded[: len(message)] = message
-        padded = self.communication.count(padded)
-        return _split(hvd.allgather(padded, name=f"hvd_qgenx.{name}", process_set=self.process_set))
-
-    def gather_records(self, record: Record, body: Tensor, name: str) -> tuple[list[Record], list[Tensor]]:
-        """All ranks' records and bodies. Raises DisagreementError if they are not at the same exchange."""
-        pairs = [Record.unpack(message) for message in self.gather(record.pack(body), name)]
-        first = pairs[0][0]
-        for rank, (other, _) in enumerate(pairs):
-            if (other.step, other.stage) != (first.step, first.stage):
-                raise DisagreementError(f"ranks are out of step: rank 0 is at {first}, rank {rank} at {other}")
-        return [record for record, _ in pairs], [body for _, body in pairs]
-
-    def agree(self, lines: Sequence[str]) -> None:
-        """Compares a description, line by line, with those of all ranks."""
-        body = torch.frombuffer(bytearray("\n".join(lines).encode()), dtype=torch.uint8)
-        _, bodies = self.gather_records(Record(0, "agreement"), body, "exchange")
-        texts = [bytes(body.numpy()).decode().split("\n") for body in bodies]
-        for rank, other in enumerate(texts):
-            _compare(texts[0], other, rank)
-
-
-def _compare(first: list[str], other: list[str], rank: int) -> None:
-    for mine, theirs in zip(first, other, strict=False):
-        if mine != theirs:
-            raise DisagreementError(f"ranks disagree: rank 0 has {mine}, rank {rank} has {theirs}")
-    if len(first) != len(other):
-        raise DisagreementError(f"ranks disagree: rank 0 describes {len(first)} things, rank {rank} {len(other)}")
 
 
 @dataclass(frozen=True)
@@ -256,14 +146,7 @@ class DenseExchange(Exchange):
         compressed, context = self.compression.compress(vector)
         if len(compressed) == 0:
             return vector
-        mean = hvd.allreduce(
-            self.communication.count(compressed),
-            name="hvd_qgenx.allreduce",
-            op=self.op,
-            prescale_factor=1.0 / self.predivide,
-            postscale_factor=self.predivide,
-            process_set=self.group.process_set,
-        )
+        mean = self.group.allreduce(compressed, self.op, self.predivide)
         return self.compression.decompress(mean, context)
 
 

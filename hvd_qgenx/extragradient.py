@@ -143,7 +143,10 @@ class ExtraSGD(ExtraGradient):
 
 
 class ExtraAdam(ExtraGradient):
-    """``ExtraGradient(torch.optim.Adam(params, ...))``; arguments as there. Source: Gidel et al. (2019), algorithm 4."""
+    """``ExtraGradient(torch.optim.Adam(params, ...))``; arguments as there.
+
+    Source: Gidel et al. (2019), algorithm 4.
+    """
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), **options):
         super().__init__(torch.optim.Adam(params, lr=lr, betas=betas, **options))

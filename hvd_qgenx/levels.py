@@ -24,11 +24,15 @@ NORMS = ("l2", "linf")
 BINS_PER_OCTAVE = 32
 OCTAVES = 16
 NUM_BINS = 1 + OCTAVES * BINS_PER_OCTAVE
-BIN_EDGES = (0.0,) + tuple(
-    (1.0 + step / BINS_PER_OCTAVE) * 2.0 ** (octave - OCTAVES)
-    for octave in range(OCTAVES)
-    for step in range(BINS_PER_OCTAVE)
-) + (1.0,)
+BIN_EDGES = (
+    (0.0,)
+    + tuple(
+        (1.0 + step / BINS_PER_OCTAVE) * 2.0 ** (octave - OCTAVES)
+        for octave in range(OCTAVES)
+        for step in range(BINS_PER_OCTAVE)
+    )
+    + (1.0,)
+)
 
 _MINIMAL_GAP = 2.0**-20  # fitted levels stay apart in float32
 _SWEEPS = 100

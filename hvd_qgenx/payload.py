@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_qgenx.coders import CODERS, CodeError, Codebook, canonical_words, codebook
+from hvd_qgenx.coders import CODERS, Codebook, CodeError, canonical_words, codebook
 from hvd_qgenx.levels import NORMS, Levels
 from hvd_qgenx.quantize import Buckets, Key, Quantized
 
@@ -142,9 +142,10 @@ def _as_bytes(payload: Tensor) -> memoryview:
 
 
 _NAMES = (
-    "magic version flags norm coder num_levels reserved size numel num_segments min_numel bucket_size "
-    "seed step rank stream codebook"
-).split()
+    *("magic", "version", "flags", "norm", "coder", "num_levels", "reserved"),
+    *("size", "numel", "num_segments", "min_numel", "bucket_size"),
+    *("seed", "step", "rank", "stream", "codebook"),
+)
 
 
 def _parse_fixed(data: memoryview) -> dict:

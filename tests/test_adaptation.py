@@ -42,7 +42,9 @@ def test_merging_does_not_depend_on_scale_order_beyond_dropped_bits():
     assert torch.equal(merged.plain, small.plain + large.plain)
 
 
-@pytest.mark.parametrize("vector", [torch.zeros(200), torch.zeros(0), torch.full((200,), torch.nan), torch.full((200,), torch.inf)])
+@pytest.mark.parametrize(
+    "vector", [torch.zeros(200), torch.zeros(0), torch.full((200,), torch.nan), torch.full((200,), torch.inf)]
+)
 def test_vectors_without_weight_give_no_fit_and_do_not_spoil_others(vector):
     empty = _statistics(vector)
     assert fit(empty, 4) is None
@@ -67,7 +69,11 @@ def test_fitted_levels_cut_the_variance_and_their_code_is_near_the_entropy(norm,
         decoded = codec.dequantize(codec.quantize(vector, Key(0, 0, 0), (len(vector),)))
         measured[name] = float((decoded - vector).square().sum() / vector.square().sum())
     assert measured["fitted"] < min(measured["uniform"], measured["exponential"])
-    symbols = Codec(levels, bucket_size=64, norm=norm, counts=counts).quantize(vector, Key(0, 0, 0), (len(vector),)).quantized.symbols
+    symbols = (
+        Codec(levels, bucket_size=64, norm=norm, counts=counts)
+        .quantize(vector, Key(0, 0, 0), (len(vector),))
+        .quantized.symbols
+    )
     shares = torch.bincount(symbols.abs().long(), minlength=8).double() / len(vector)
     # 20 deviations of a share of 32,000 draws at most, and bins 3 % wide.
     assert torch.allclose(shares, torch.tensor(counts).double() / sum(counts), atol=0.01)
@@ -82,13 +88,23 @@ def test_a_schedule_names_its_iterations():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"bits": 0}, "bits must be an integer between 2 and 8, got 0"), ({"bits": 9}, "bits must be"),
-     ({"levels": "quadratic"}, "levels must be one of"), ({"levels": Levels.uniform(8)}, "levels must be at most 7 for bits=4"),
-     ({"coder": "gzip"}, "coder must be one of 'fixed', 'elias_gamma'"), ({"norm": "l1"}, "norm must be one of 'l2', 'linf'"),
-     ({"bucket_size": -5}, "bucket_size must be"), ({"rounding": "nearest"}, "rounding must be"),
-     ({"min_numel": -1}, "min_numel must be"), ({"adapt_at": (-1,)}, "adapt_at must be"), ({"adapt_at": 5}, "adapt_at must be"),
-     ({"adapt_every": float("nan")}, "adapt_every must be"), ({"seed": -1}, "seed must be"), ({"nonfinite": "skip"}, "nonfinite must be")],
-)  # fmt: skip
+    [
+        ({"bits": 0}, "bits must be an integer between 2 and 8, got 0"),
+        ({"bits": 9}, "bits must be"),
+        ({"levels": "quadratic"}, "levels must be one of"),
+        ({"levels": Levels.uniform(8)}, "levels must be at most 7 for bits=4"),
+        ({"coder": "gzip"}, "coder must be one of 'fixed', 'elias_gamma'"),
+        ({"norm": "l1"}, "norm must be one of 'l2', 'linf'"),
+        ({"bucket_size": -5}, "bucket_size must be"),
+        ({"rounding": "nearest"}, "rounding must be"),
+        ({"min_numel": -1}, "min_numel must be"),
+        ({"adapt_at": (-1,)}, "adapt_at must be"),
+        ({"adapt_at": 5}, "adapt_at must be"),
+        ({"adapt_every": float("nan")}, "adapt_every must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"nonfinite": "skip"}, "nonfinite must be"),
+    ],
+)
 def test_a_wrong_setting_is_named_when_the_compressor_is_made(arguments, message):
     from hvd_qgenx import Compression
 

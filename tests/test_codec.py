@@ -34,8 +34,10 @@ def test_equal_keys_give_equal_bytes_and_other_keys_other_bytes():
     codec, vector = Codec(Levels.uniform(4)), torch.randn(500, generator=torch.Generator().manual_seed(0))
     payload = codec.encode(vector, Key(0, 0, 0))
     assert torch.equal(payload, codec.encode(vector, Key(0, 0, 0)))
-    symbols = [codec.quantize(vector, key, (500,)).quantized.symbols for key in
-               (Key(0, 0, 0), Key(1, 0, 0), Key(0, 1, 0), Key(0, 0, 1), Key(0, 0, 0, 1))]  # fmt: skip
+    symbols = [
+        codec.quantize(vector, key, (500,)).quantized.symbols
+        for key in (Key(0, 0, 0), Key(1, 0, 0), Key(0, 1, 0), Key(0, 0, 1), Key(0, 0, 0, 1))
+    ]
     assert all(not torch.equal(a, b) for i, a in enumerate(symbols) for b in symbols[:i])
 
 
@@ -96,18 +98,27 @@ def test_out_is_overwritten():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"levels": 4}, "levels must be a Levels"), ({"coder": "zip"}, "coder must be one of"), ({"norm": 2}, "norm must be one of"),
-     ({"bucket_size": -1}, "bucket_size must be an integer between 1 and 16384"), ({"bucket_size": 0}, "bucket_size"),
-     ({"bucket_size": 20000}, "bucket_size"), ({"rounding": "nearest"}, "rounding must be one of"),
-     ({"counts": (1, 2)}, "counts must be 8"), ({"counts": (1,) * 7 + (-1,)}, "counts must be 8"),
-     ({"min_numel": -1}, "min_numel must be")],
-)  # fmt: skip
+    [
+        ({"levels": 4}, "levels must be a Levels"),
+        ({"coder": "zip"}, "coder must be one of"),
+        ({"norm": 2}, "norm must be one of"),
+        ({"bucket_size": -1}, "bucket_size must be an integer between 1 and 16384"),
+        ({"bucket_size": 0}, "bucket_size"),
+        ({"bucket_size": 20000}, "bucket_size"),
+        ({"rounding": "nearest"}, "rounding must be one of"),
+        ({"counts": (1, 2)}, "counts must be 8"),
+        ({"counts": (1,) * 7 + (-1,)}, "counts must be 8"),
+        ({"min_numel": -1}, "min_numel must be"),
+    ],
+)
 def test_a_wrong_argument_is_named_when_the_codec_is_made(arguments, message):
     with pytest.raises(ValueError, match=message):
         Codec(**{"levels": Levels.uniform(4), **arguments})
 
 
-@pytest.mark.parametrize("gradient", [torch.ones(4, dtype=torch.int32), [1.0], torch.ones(4).to_sparse(), torch.ones(2, dtype=torch.cfloat)])
+@pytest.mark.parametrize(
+    "gradient", [torch.ones(4, dtype=torch.int32), [1.0], torch.ones(4).to_sparse(), torch.ones(2, dtype=torch.cfloat)]
+)
 def test_what_is_no_dense_float_tensor_is_refused(gradient):
     with pytest.raises(ValueError, match="gradient must be a dense"):
         Codec(Levels.uniform(4)).encode(gradient, Key(0, 0, 0))

@@ -24,15 +24,33 @@ from hvd_qgenx.quantize import Buckets
 def test_elias_code_words_are_those_of_elias_1975():
     gamma = {1: "1", 2: "010", 3: "011", 4: "00100", 5: "00101", 8: "0001000", 17: "000010001"}
     delta = {1: "1", 2: "0100", 3: "0101", 4: "01100", 8: "00100000", 17: "001010001"}
-    omega = {1: "0", 2: "100", 3: "110", 4: "101000", 7: "101110", 8: "1110000", 16: "10100100000", 100: "1011011001000"}
+    omega = {
+        1: "0",
+        2: "100",
+        3: "110",
+        4: "101000",
+        7: "101110",
+        8: "1110000",
+        16: "10100100000",
+        100: "1011011001000",
+    }
     assert {n: elias_gamma(n) for n in gamma} == gamma
     assert {n: elias_delta(n) for n in delta} == delta
     assert {n: elias_omega(n) for n in omega} == omega
 
 
 def test_elias_lengths_are_those_of_the_table():
-    lengths = {1: (1, 1, 1), 2: (3, 4, 3), 4: (5, 5, 6), 8: (7, 8, 7), 16: (9, 9, 11), 32: (11, 10, 12), 100: (13, 11, 13),
-               1000: (19, 16, 17), 10**6: (39, 28, 31)}  # fmt: skip
+    lengths = {
+        1: (1, 1, 1),
+        2: (3, 4, 3),
+        4: (5, 5, 6),
+        8: (7, 8, 7),
+        16: (9, 9, 11),
+        32: (11, 10, 12),
+        100: (13, 11, 13),
+        1000: (19, 16, 17),
+        10**6: (39, 28, 31),
+    }
     for n, expected in lengths.items():
         assert (len(elias_gamma(n)), len(elias_delta(n)), len(elias_omega(n))) == expected
 

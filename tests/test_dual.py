@@ -90,9 +90,12 @@ def test_a_checkpoint_continues_bit_exactly(method, halfway):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"method": "newton"}, "method must be one of 'dual_averaging', 'dual_extrapolation', 'optimistic'"),
-     ({"step_scale": float("nan")}, "step_scale must be a positive number, got nan"), ({"step_scale": 0}, "step_scale")],
-)  # fmt: skip
+    [
+        ({"method": "newton"}, "method must be one of 'dual_averaging', 'dual_extrapolation', 'optimistic'"),
+        ({"step_scale": float("nan")}, "step_scale must be a positive number, got nan"),
+        ({"step_scale": 0}, "step_scale"),
+    ],
+)
 def test_a_wrong_argument_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         QGenX([torch.zeros(1, requires_grad=True)], **options)

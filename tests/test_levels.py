@@ -24,9 +24,19 @@ def test_exponential_levels_halve():
 
 @pytest.mark.parametrize(
     "values",
-    [(0.0,), (0.0, 0.5), (0.1, 1.0), (0.0, 0.5, 0.5, 1.0), (0.0, 0.7, 0.2, 1.0), (0.0, math.nan, 1.0), (0.0, 1e-60, 1.0),
-     tuple(j / 200 for j in range(201)), "ab", (0.0, None, 1.0)],
-)  # fmt: skip
+    [
+        (0.0,),
+        (0.0, 0.5),
+        (0.1, 1.0),
+        (0.0, 0.5, 0.5, 1.0),
+        (0.0, 0.7, 0.2, 1.0),
+        (0.0, math.nan, 1.0),
+        (0.0, 1e-60, 1.0),
+        tuple(j / 200 for j in range(201)),
+        "ab",
+        (0.0, None, 1.0),
+    ],
+)
 def test_levels_that_do_not_rise_from_0_to_1_are_refused(values):
     with pytest.raises(ValueError, match="levels must"):
         Levels(values)
@@ -69,9 +79,13 @@ def test_fit_of_all_mass_in_one_bin_is_a_valid_table():
 
 @pytest.mark.parametrize(
     ("norm", "bits", "expected"),
-    [("l2", 3, (7.51, 5.39, 0.309)), ("l2", 4, (2.65, 0.0956, 0.0370)), ("linf", 3, (0.218, 0.147, 0.142)),
-     ("linf", 4, (0.0400, 0.0816, 0.0246))],
-)  # fmt: skip
+    [
+        ("l2", 3, (7.51, 5.39, 0.309)),
+        ("l2", 4, (2.65, 0.0956, 0.0370)),
+        ("linf", 3, (0.218, 0.147, 0.142)),
+        ("linf", 4, (0.0400, 0.0816, 0.0246)),
+    ],
+)
 def test_variances_of_a_normal_vector_are_those_of_the_table(norm, bits, expected):
     """Relative variance for d = 1024 with uniform, exponential and fitted levels, within 3 % of the printed digits."""
     vectors = torch.randn(4000, 1024, generator=torch.Generator().manual_seed(0))
@@ -97,7 +111,9 @@ def test_variance_bound_is_that_of_nuqsgd_for_halving_levels():
     assert levels.variance_bound(10**6) == pytest.approx(2.0**-6 * 1000 - 7 / 8)
 
 
-@pytest.mark.parametrize("levels", [Levels.uniform(2), Levels.uniform(4), Levels.exponential(3), Levels((0.0, 0.03, 0.4, 1.0))])
+@pytest.mark.parametrize(
+    "levels", [Levels.uniform(2), Levels.uniform(4), Levels.exponential(3), Levels((0.0, 0.03, 0.4, 1.0))]
+)
 @pytest.mark.parametrize("d", [1, 7, 64, 1024])
 def test_exact_variance_stays_below_theorem_1(levels, d):
     torch.manual_seed(d)

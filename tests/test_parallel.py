@@ -21,7 +21,7 @@ RUNS = [
 
 @pytest.mark.parametrize(("backend", "ranks", "file"), RUNS)
 def test_every_rank_passes(backend, ranks, file):
-    done = run_ranks(backend, ranks, [sys.executable, "-m", "pytest", "-x", "-q", file])
+    done = run_ranks(backend, ranks, [sys.executable, "-m", "pytest", "-x", "-q", "--color=no", file])
     assert done.returncode == 0, done.stdout[-8000:]
     assert done.stdout.count(" passed in ") == ranks
 
@@ -31,6 +31,11 @@ def run_ranks(backend: str, ranks: int, command: list[str]) -> subprocess.Comple
     launcher = ["horovodrun", f"--{backend}", "-np", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
     return subprocess.run(
-        [*launcher, *command], cwd=FOLDER, env=environment, text=True, timeout=400,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [*launcher, *command],
+        cwd=FOLDER,
+        env=environment,
+        text=True,
+        timeout=400,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )

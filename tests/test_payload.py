@@ -63,10 +63,22 @@ def _signed(data: bytes) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("offset", "value", "field"),
-    [(0, b"QQQQ", "magic"), (4, b"\x09\x00", "version"), (6, b"\x07", "flags"), (7, b"\x09", "norm"), (8, b"\x09", "coder"),
-     (9, b"\x06", "code"), (10, b"\x01", "reserved"), (12, b"\xff" * 8, "size"), (20, b"\xff" * 7, "numel"),
-     (28, b"\xff" * 4, "sizes"), (32, b"\xff" * 4, "raw"), (36, b"\x00" * 4, "bucket_size"), (36, b"\xff" * 4, "bucket_size")],
-)  # fmt: skip
+    [
+        (0, b"QQQQ", "magic"),
+        (4, b"\x09\x00", "version"),
+        (6, b"\x07", "flags"),
+        (7, b"\x09", "norm"),
+        (8, b"\x09", "coder"),
+        (9, b"\x06", "code"),
+        (10, b"\x01", "reserved"),
+        (12, b"\xff" * 8, "size"),
+        (20, b"\xff" * 7, "numel"),
+        (28, b"\xff" * 4, "sizes"),
+        (32, b"\xff" * 4, "raw"),
+        (36, b"\x00" * 4, "bucket_size"),
+        (36, b"\xff" * 4, "bucket_size"),
+    ],
+)
 def test_a_field_that_does_not_fit_is_named(offset, value, field):
     codec, payload = _payload()
     data = bytearray(payload.numpy().tobytes()[:-4])

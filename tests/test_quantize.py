@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from hvd_qgenx import Codec, Key, Levels
-from hvd_qgenx import reference
+from hvd_qgenx import Codec, Key, Levels, reference
 from hvd_qgenx.quantize import Buckets, bucket_norms
 
 
@@ -64,7 +63,9 @@ def test_draws_do_not_depend_on_how_many_are_asked_for():
 
 def test_draws_are_even_and_independent_of_rank_step_stream_and_neighbour():
     n = 2**20
-    streams = [reference.draws(Key(0, r, t, s).words, n).double() for r, t, s in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    streams = [
+        reference.draws(Key(0, r, t, s).words, n).double() for r, t, s in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]
     for stream in streams:
         # 256 cells of 4096 expected: chi-squared has mean 255 and deviation 22.6; 6 deviations.
         counts = torch.histc(stream, 256, 0, 2**16)
@@ -77,7 +78,8 @@ def test_draws_are_even_and_independent_of_rank_step_stream_and_neighbour():
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize(
-    "levels", [Levels.uniform(2), Levels.uniform(4), Levels.uniform(8), Levels.exponential(4), Levels((0.0, 0.011, 0.3, 1.0))]
+    "levels",
+    [Levels.uniform(2), Levels.uniform(4), Levels.uniform(8), Levels.exponential(4), Levels((0.0, 0.011, 0.3, 1.0))],
 )
 def test_rounding_is_unbiased(levels, norm):
     d, repeats = 64, 4000
@@ -123,7 +125,9 @@ def test_the_largest_element_never_passes_its_level():
     generator = torch.Generator().manual_seed(0)
     for bits in (2, 4, 8):
         vector = torch.randn(64 * 4096, generator=generator) * 10
-        encoded = Codec(Levels.uniform(bits), bucket_size=64, norm="linf").quantize(vector, Key(0, 0, 0), (len(vector),))
+        encoded = Codec(Levels.uniform(bits), bucket_size=64, norm="linf").quantize(
+            vector, Key(0, 0, 0), (len(vector),)
+        )
         rows = vector.view(-1, 64)
         largest = encoded.quantized.symbols.view(-1, 64).gather(1, rows.abs().argmax(1, keepdim=True))
         assert (largest.abs() == 2 ** (bits - 1) - 1).all()

@@ -35,10 +35,15 @@ def _parameter():
 
 @pytest.mark.parametrize(
     ("compression", "most_bits"),
-    [(Compression.none, 32.02), (Compression.fp16, 16.02), (Compression.qgenx(bits=8, levels="uniform", coder="fixed", norm="linf"), 8.3),
-     (Compression.qgenx(bits=4, levels="uniform", coder="fixed", norm="linf"), 4.3), (Compression.qgenx(bits=4), 3.8),
-     (Compression.qgenx(bits=2, levels="uniform"), 1.3)],
-)  # fmt: skip
+    [
+        (Compression.none, 32.02),
+        (Compression.fp16, 16.02),
+        (Compression.qgenx(bits=8, levels="uniform", coder="fixed", norm="linf"), 8.3),
+        (Compression.qgenx(bits=4, levels="uniform", coder="fixed", norm="linf"), 4.3),
+        (Compression.qgenx(bits=4), 3.8),
+        (Compression.qgenx(bits=2, levels="uniform"), 1.3),
+    ],
+)
 def test_the_wrapper_hands_over_no_more_bytes_than_it_says(monkeypatch, compression, most_bits):
     p = _parameter()
     optimizer = hvd_qgenx.DistributedOptimizer(torch.optim.SGD([p], lr=0.1), compression=compression)

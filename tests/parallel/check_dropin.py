@@ -71,9 +71,14 @@ def _factor(op, predivide=1.0):
 
 @pytest.mark.parametrize(
     ("options", "predivide"),
-    [({"op": hvd.Average}, 1.0), ({"op": hvd.Sum}, 1.0), ({"op": hvd.Average, "gradient_predivide_factor": 3.0}, 3.0),
-     ({"op": hvd.Average, "groups": 2}, 1.0), ({"op": hvd.Average, "backward_passes_per_step": 2}, 1.0)],
-)  # fmt: skip
+    [
+        ({"op": hvd.Average}, 1.0),
+        ({"op": hvd.Sum}, 1.0),
+        ({"op": hvd.Average, "gradient_predivide_factor": 3.0}, 3.0),
+        ({"op": hvd.Average, "groups": 2}, 1.0),
+        ({"op": hvd.Average, "backward_passes_per_step": 2}, 1.0),
+    ],
+)
 def test_gradient_is_the_mean_of_decoded_payloads_times_the_token(options, predivide):
     model, recorder = network(), _recorder()
     optimizer = hvd.DistributedOptimizer(
@@ -87,7 +92,9 @@ def test_gradient_is_the_mean_of_decoded_payloads_times_the_token(options, predi
 
 def test_a_parameter_unused_on_one_rank_is_not_mixed_with_one_of_equal_shape():
     model = network()
-    compressor = hvd_qgenx.Compression.qgenx(levels="uniform", bits=8, norm="linf", named_parameters=model.named_parameters())
+    compressor = hvd_qgenx.Compression.qgenx(
+        levels="uniform", bits=8, norm="linf", named_parameters=model.named_parameters()
+    )
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), compression=compressor
     )
@@ -124,7 +131,9 @@ def test_adaptive_levels_through_the_drop_in_agree():
 def test_clipping_between_synchronize_and_step():
     model = network()
     optimizer = hvd.DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), compression=hvd_qgenx.Compression.qgenx(bits=4)
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model.named_parameters(),
+        compression=hvd_qgenx.Compression.qgenx(bits=4),
     )
     loss(model).backward()
     optimizer.synchronize()
@@ -183,9 +192,7 @@ def test_ranks_out_of_step_all_learn_both():
 def test_shapes_that_differ_are_told_on_every_rank():
     compressor = hvd_qgenx.Compression.qgenx(levels="uniform")
     tensor = torch.randn(2000 + (hvd.rank() == 1))
-    message = message_on_all_ranks(
-        RuntimeError, lambda: hvd.allreduce(tensor, name="shapes", compression=compressor)
-    )
+    message = message_on_all_ranks(RuntimeError, lambda: hvd.allreduce(tensor, name="shapes", compression=compressor))
     assert message.startswith("ranks disagree on the coordinates of one tensor: rank 0 has 2000, rank 1 has 2001")
 
 

@@ -7,7 +7,13 @@ import torch
 def network(seed: int = 0) -> torch.nn.Sequential:
     """Equal on all ranks: some parameters above and some below 1024 coordinates, two of equal shape."""
     torch.manual_seed(seed)
-    layers = [torch.nn.Linear(40, 40), torch.nn.Tanh(), torch.nn.Linear(40, 40), torch.nn.Tanh(), torch.nn.Linear(40, 3)]
+    layers = [
+        torch.nn.Linear(40, 40),
+        torch.nn.Tanh(),
+        torch.nn.Linear(40, 40),
+        torch.nn.Tanh(),
+        torch.nn.Linear(40, 3),
+    ]
     model = torch.nn.Sequential(*layers)
     torch.manual_seed(1000 + hvd.rank())
     return model
