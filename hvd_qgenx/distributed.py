@@ -161,7 +161,15 @@ class DistributedOptimizer(_Materialising):
         return self.optimizer.step()
 
     def state_dict(self) -> dict:
-        """The optimizer's state with this wrapper's (exchange counter, codebook); equal on all ranks."""
+        """The optimizer's state with this wrapper's (exchange counter, codebook); equal on all ranks.
+
+        Raises:
+            RuntimeError: where Algorithm 1 on several ranks holds a vector of this rank's own, which no file that is
+                equal on all ranks can have: between its half-steps, and under its optimistic method always.
+        """
+        if self._look_ahead is not None:
+            raise RuntimeError("QGenX holds a vector of each rank's own now: take the checkpoint after step(), "
+                               "and not under method='optimistic'")  # fmt: skip
         self._recall()
         self.param_groups[0][_MEMORY] = {**self._exchange.state_dict(), "placeholder": self._placeholder}
         return super().state_dict()
@@ -227,7 +235,7 @@ class DistributedOptimizer(_Materialising):
 
     @property
     def _wants_difference(self) -> bool:
-        return hasattr(self.optimizer, "squared_difference")
+        return self._exchange.group.size > 1 and hasattr(self.optimizer, "squared_difference")
 
     def _squared_difference(self, values: list[Tensor | None], stage: str) -> float:
         """This rank's ||V_t - V_{t+1/2}||^2 of decoded vectors, for Algorithm 1's step size."""

@@ -9,6 +9,7 @@ between the two half-steps loses nothing. Source: Korpelevich (1976); for GANs G
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -74,12 +75,12 @@ class ExtraGradient(OptimizerView):
     def __init__(self, base_optimizer: torch.optim.Optimizer):
         super().__init__(base_optimizer)
         for group in self.param_groups:
-            group.setdefault("extrapolated", False)
+            _prepare(group)
 
     def add_param_group(self, param_group: dict) -> None:
         """Adds a group of parameters."""
         super().add_param_group(param_group)
-        self.param_groups[-1].setdefault("extrapolated", False)
+        _prepare(self.param_groups[-1])
 
     @property
     def extrapolated(self) -> bool:
@@ -133,6 +134,13 @@ class ExtraGradient(OptimizerView):
     def _set_extrapolated(self, value: bool) -> None:
         for group in self.param_groups:
             group["extrapolated"] = value
+
+
+def _prepare(group: dict) -> None:
+    """Checks what torch's optimizers let through, and adds this module's memory to a group."""
+    if "lr" in group and not math.isfinite(group["lr"]):
+        raise ValueError(f"lr must be a finite number, got {group['lr']!r}")
+    group.setdefault("extrapolated", False)
 
 
 class ExtraSGD(ExtraGradient):

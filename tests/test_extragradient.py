@@ -196,10 +196,11 @@ def test_what_is_no_optimizer_is_refused():
         ExtraGradient(3)
 
 
-@pytest.mark.parametrize("lr", [-1.0])
-def test_a_wrong_learning_rate_is_refused(lr):
-    with pytest.raises(ValueError, match="learning rate"):
-        ExtraAdam([torch.zeros(1, requires_grad=True)], lr=lr)
+@pytest.mark.parametrize("make", [ExtraSGD, ExtraAdam])
+@pytest.mark.parametrize("lr", [-1.0, float("nan")])
+def test_a_wrong_learning_rate_is_refused(make, lr):
+    with pytest.raises(ValueError, match=f"(Invalid learning rate: |lr must be a finite number, got ){lr}"):
+        make([torch.zeros(1, requires_grad=True)], lr=lr)
 
 
 def test_groups_added_later_take_part():

@@ -133,7 +133,9 @@ def test_the_largest_element_never_passes_its_level():
         assert (largest.abs() == 2 ** (bits - 1) - 1).all()
 
 
-@pytest.mark.parametrize("arguments", [(-1, 0, 0), (0, -1, 0), (0, 0, -1), (0, 0, 0, -1), (2**64, 0, 0), (0.5, 0, 0)])
+@pytest.mark.parametrize(
+    "arguments", [(-1, 0, 0), (0, -1, 0), (0, 0, -1), (0, 0, 0, -1), (2**64, 0, 0), (0.5, 0, 0), (0, 0, float("nan"))]
+)
 def test_a_key_out_of_range_is_refused_by_name(arguments):
     with pytest.raises(ValueError, match=r"(seed|rank|step|stream) must be an integer"):
         Key(*arguments)

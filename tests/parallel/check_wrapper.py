@@ -1,6 +1,7 @@
 """hvd_qgenx.DistributedOptimizer on several ranks."""
 
 import copy
+import warnings
 
 import horovod.torch as hvd
 import pytest
@@ -280,6 +281,18 @@ def test_squared_difference_is_that_of_decoded_vectors_summed_over_ranks():
     assert rule.param_groups[0]["sum_of_squares"] == pytest.approx(total, rel=1e-12)
 
 
+def test_a_checkpoint_that_would_lose_a_ranks_own_vector_is_refused():
+    model = network()
+    optimizer = _wrapped(model, "none", hvd_qgenx.QGenX(model.parameters()))
+    _iterate(optimizer, model)
+    optimizer.state_dict()
+    optimizer.zero_grad()
+    loss(model).backward()
+    optimizer.extrapolation()
+    with pytest.raises(RuntimeError, match=r"take the checkpoint after step\(\)"):
+        optimizer.state_dict()
+
+
 def test_ranks_with_other_shapes_or_names_all_learn_both():
     sizes = 5 + (hvd.rank() == 1)
     model = torch.nn.Linear(4, sizes)
@@ -324,6 +337,29 @@ def test_a_gradient_that_is_not_finite_is_nan_everywhere_or_raises_everywhere():
             with pytest.warns(RuntimeWarning, match=r"the gradient of 0\.bias is not finite on some rank"):
                 optimizer.step()
             assert model[0].bias.grad.isnan().all() and model[0].weight.grad.isfinite().all()
+
+
+def test_a_grad_scaler_skips_the_step_on_all_ranks():
+    model = network()
+    optimizer = _wrapped(model, "qgenx", torch.optim.SGD(model.parameters(), lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = [p.detach().clone() for p in model.parameters()]
+    for broken in (True, False):
+        optimizer.zero_grad()
+        scaler.scale(loss(model)).backward()
+        if broken and hvd.rank() == 0:
+            model[0].weight.grad[0, 0] = float("inf")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            optimizer.synchronize()
+        scaler.unscale_(optimizer)
+        with optimizer.skip_synchronize():
+            scaler.step(optimizer)
+        scaler.update()
+        unchanged = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        assert unchanged == broken
+    assert set(gathered(scaler.get_scale())) == {2.0**9}
+    assert same_on_all_ranks(model.parameters())
 
 
 def test_sparse_gradients_need_sparse_as_dense():

@@ -1,0 +1,105 @@
+"""The trainer, as a user runs it: real processes, every compression choice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--iterations", "3", "--width", "4", "--batch", "6", "--log-every", "1", "--sample-every", "3"]
+
+
+def _command(ranks, *flags, launcher=("--gloo",)):
+    return ["horovodrun", *launcher, "-np", str(ranks), sys.executable, "train/wgan.py", *flags]
+
+
+def _train(ranks, out, *flags, **options):
+    command = _command(ranks, *SMALL, "--check-replicas", "1", "--out", str(out), *flags, **options)
+    done = subprocess.run(
+        command, cwd=ROOT, env=_environment(), text=True, timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout
+
+
+def _environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+
+
+def _rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def _size(picture):
+    with Image.open(picture) as image:
+        return image.size
+
+
+@pytest.mark.parametrize("compression", ["none", "fp16", "fixed8", "fixed4", "qgenx"])
+def test_three_iterations_with_every_compression(tmp_path, compression):
+    out = tmp_path / "run"
+    printed = _train(2, out, "--compression", compression, "--data", "digits")
+    assert "all replicas bit-identical" in printed.strip().splitlines()[-1]
+    rows = _rows(out)
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    wanted = {"iteration", "seconds", "loss_generator", "loss_critic", "bytes_sent", "bits_per_coordinate"}
+    assert all(wanted <= row.keys() for row in rows)
+    assert rows[0]["bytes_sent"] < rows[2]["bytes_sent"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["compression"] == compression and config["world_size"] == 2
+    assert [_size(out / f"samples_{i:06d}.png") for i in (0, 3)] == [(256, 256)] * 2
+
+
+def test_the_plain_command_on_three_ranks_with_cifar_10_where_it_can_be_had(tmp_path):
+    out = tmp_path / "run"
+    _train(3, out, launcher=())
+    assert json.loads((out / "config.json").read_text())["world_size"] == 3
+    assert len(_rows(out)) == 3
+
+
+def test_ctrl_c_ends_all_ranks_and_leaves_a_summary(tmp_path):
+    out = tmp_path / "run"
+    flags = ["--iterations", "100000", "--width", "4", "--batch", "6", "--log-every", "1", "--data", "digits"]
+    job = subprocess.Popen(
+        _command(2, *flags, "--out", str(out)),
+        cwd=ROOT,
+        env=_environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    _wait_until(lambda: (out / "metrics.jsonl").exists())
+    os.killpg(job.pid, signal.SIGINT)
+    printed, _ = job.communicate(timeout=60)
+    assert "Stopped: " in printed
+    assert json.loads((out / "summary.json").read_text())["outcome"] == "Stopped"
+
+
+def _wait_until(condition, seconds=120):
+    for _ in range(seconds * 10):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("nothing was logged in two minutes")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--compression", "zip"], "invalid choice: 'zip'"),
+        (["--batch", "0"], "'0' is not a whole number of at least 1"),
+        (["--lr-critic", "nan"], "'nan' is not a positive number"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence(flags, message):
+    done = subprocess.run(
+        [sys.executable, "train/wgan.py", *flags], cwd=ROOT, env=_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
