@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx import reference
-from hvd_qgenx.checks import check_choice, check_integer
+from hvd_qgenx.checks import check_choice, check_integer, check_integers
 from hvd_qgenx.codec import Codec, Encoded
 from hvd_qgenx.levels import NUM_BINS, Distribution, Levels, num_positive
 
@@ -40,14 +40,14 @@ class Settings:
     def __post_init__(self):
         num_positive(self.bits)
         if not isinstance(self.levels, Levels):
-            check_choice("levels", self.levels, (*LEVELS, "a Levels"))
+            _check_levels(self.levels)
         elif self.levels.num_levels > num_positive(self.bits):
             most = num_positive(self.bits)
             raise ValueError(f"levels must be at most {most} for bits={self.bits}, got {self.levels.num_levels}")
         check_integer("seed", self.seed, 0, 2**64 - 1)
         check_integer("adapt_every", self.adapt_every, 0)
         check_choice("nonfinite", self.nonfinite, NONFINITE)
-        object.__setattr__(self, "adapt_at", _check_steps(self.adapt_at))
+        object.__setattr__(self, "adapt_at", check_integers("adapt_at", self.adapt_at, 0))
         self.codec()
 
     def codec(self, levels: Levels | None = None, counts: Sequence[int] | None = None) -> Codec:
@@ -73,10 +73,9 @@ class Settings:
         return [f"{field.name}={getattr(self, field.name)!r}" for field in fields(self)]
 
 
-def _check_steps(steps: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(steps, int):
-        raise ValueError(f"adapt_at must be a sequence of iterations, got {steps!r}")
-    return tuple(check_integer("adapt_at", step, 0) for step in steps)
+def _check_levels(levels: str) -> None:
+    if not (isinstance(levels, str) and levels in LEVELS):
+        raise ValueError(f"levels must be one of {', '.join(map(repr, LEVELS))} or a Levels, got {levels!r}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvd_qgenx import payload as wire
 from hvd_qgenx import reference
-from hvd_qgenx.checks import check_choice, check_integer
+from hvd_qgenx.checks import check_choice, check_integer, check_integers, check_type
 from hvd_qgenx.coders import CODERS, Codebook, codebook
 from hvd_qgenx.levels import NORMS, Levels
 from hvd_qgenx.payload import MAX_BUCKET_SIZE, ROUNDINGS, PayloadError
@@ -63,8 +63,7 @@ class Codec:
     min_numel: int = 0
 
     def __post_init__(self):
-        if not isinstance(self.levels, Levels):
-            raise ValueError(f"levels must be a Levels, got {self.levels!r}")
+        check_type("levels", self.levels, Levels)
         check_choice("coder", self.coder, CODERS)
         check_integer("bucket_size", self.bucket_size, 1, MAX_BUCKET_SIZE)
         check_choice("norm", self.norm, NORMS)
@@ -114,6 +113,7 @@ class Codec:
             inline: whether levels and code lengths travel with the payload, or only their hash.
         """
         vector = as_vector(gradient)
+        check_type("key", key, Key)
         payload = self.pack(self.quantize(vector, key, _check_sizes(sizes, len(vector))), inline)
         return payload if out is None else _into(out, payload)
 
@@ -176,8 +176,10 @@ class Codec:
     def _codebook_of(self, header: wire.Header) -> tuple[Levels, Codebook]:
         if header.inline:
             return header.inline
-        if header.codebook != self.codebook_hash or header.coder != self.coder:
-            theirs, ours = f"{header.coder} {header.codebook:016x}", f"{self.coder} {self.codebook_hash:016x}"
+        ours = (self.coder, self.levels.num_levels, self.codebook_hash)
+        if (header.coder, header.num_levels, header.codebook) != ours:
+            theirs = f"{header.coder} {header.num_levels} {header.codebook:016x}"
+            ours = f"{self.coder} {self.levels.num_levels} {self.codebook_hash:016x}"
             raise PayloadError(f"payload: codebook is {theirs}, the decoder's is {ours}")
         return self.levels, self.codebook
 
@@ -206,26 +208,26 @@ def _spoil_segments(raw: Tensor, header: wire.Header) -> Tensor:
 
 
 def _check_counts(counts: Sequence[int], length: int) -> tuple[int, ...]:
-    values = tuple(int(count) for count in counts)
-    if len(values) != length or min(values) < 0:
-        raise ValueError(f"counts must be {length} non-negative integers, got {counts!r}")
+    values = check_integers("counts", counts, 0)
+    if len(values) != length:
+        raise ValueError(f"counts must be {length} integers, one for each magnitude, got {len(values)}")
     return values
 
 
 def _check_sizes(sizes: Sequence[int] | None, numel: int) -> tuple[int, ...]:
-    sizes = (numel,) if sizes is None else tuple(check_integer("sizes", size, 0) for size in sizes)
+    sizes = (numel,) if sizes is None else check_integers("sizes", sizes, 0)
     if sum(sizes) != numel:
         raise ValueError(f"sizes must add up to the gradient's {numel} coordinates, got {sum(sizes)}")
     return sizes
 
 
 def _into(out: Tensor, payload: Tensor) -> Tensor:
-    if out.dtype != torch.uint8 or out.dim() != 1 or len(out) < len(payload):
+    if check_type("out", out, Tensor).dtype != torch.uint8 or out.dim() != 1 or len(out) < len(payload):
         raise ValueError(f"out must be a 1-D uint8 tensor of at least bound(numel) bytes, {len(payload)} here")
     return out[: len(payload)].copy_(payload)
 
 
 def _into_vector(out: Tensor, values: Tensor) -> Tensor:
-    if out.dtype != torch.float32 or out.shape != values.shape:
+    if check_type("out", out, Tensor).dtype != torch.float32 or out.shape != values.shape:
         raise ValueError(f"out must be float32 of shape ({len(values)},), got {out.dtype} {tuple(out.shape)}")
     return out.copy_(values)

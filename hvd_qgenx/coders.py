@@ -233,11 +233,12 @@ def canonical_words(lengths: Sequence[int]) -> tuple[str, ...]:
     Raises:
         CodeError: if the lengths break Kraft's inequality.
     """
+    longest = max(lengths)
+    if sum(1 << (longest - length) for length in lengths) > 1 << longest:
+        raise CodeError("code lengths that break Kraft's inequality")
     words, code, previous = [""] * len(lengths), -1, 0
     for length, index in sorted((length, index) for index, length in enumerate(lengths)):
         code = (code + 1) << (length - previous)
         previous = length
         words[index] = f"{code:0{length}b}" if length else ""
-    if sum(2.0**-length for length in lengths) > 1.0:
-        raise CodeError("code lengths that break Kraft's inequality")
     return tuple(words)

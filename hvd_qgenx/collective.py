@@ -6,6 +6,7 @@ The first room that imports Horovod, and the only one that calls its collectives
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,8 @@ except ImportError as error:
 # Lengths that change at every step would evict Horovod's response cache, so messages are padded to classes of this
 # many significant bits: 1.6 % more bytes at worst.
 _SIGNIFICANT_BITS = 6
-_RECORD = struct.Struct("<QQ16sd")
+_POLL_SECONDS = 1e-4
+_RECORD = struct.Struct("<QQQQ16sd")
 
 
 class DisagreementError(RuntimeError):
@@ -34,20 +36,31 @@ class DisagreementError(RuntimeError):
 
 @dataclass(frozen=True)
 class Record:
-    """What precedes every message: its true length, and what the sender believes this exchange to be."""
+    """What precedes every message: its true length, and what the sender believes this exchange to be.
 
+    Args:
+        number: of the optimizer or compressor, see ``Communication.number``.
+        step: how many exchanges it has made.
+        stage: the half-step, or what else the message is for; 16 letters at most.
+        term: this rank's term of a sum.
+        first: the call number of the first tensor (the drop-in's; see ``compression``).
+    """
+
+    number: int
     step: int
     stage: str
     term: float = 0.0
+    first: int = 0
 
     def pack(self, body: Tensor) -> Tensor:
-        head = _RECORD.pack(_RECORD.size + len(body), self.step, self.stage.encode(), self.term)
+        size = _RECORD.size + len(body)
+        head = _RECORD.pack(size, self.number, self.step, self.first, self.stage.encode(), self.term)
         return torch.cat((torch.frombuffer(bytearray(head), dtype=torch.uint8), body))
 
     @classmethod
     def unpack(cls, message: Tensor) -> tuple[Record, Tensor]:
-        _, step, stage, term = _RECORD.unpack_from(message.numpy())
-        return cls(step, stage.rstrip(b"\0").decode(), term), message[_RECORD.size :]
+        _, number, step, first, stage, term = _RECORD.unpack_from(message.numpy())
+        return cls(number, step, stage.rstrip(b"\0").decode(), term, first), message[_RECORD.size :]
 
     def __str__(self) -> str:
         return f"exchange {self.step} ({self.stage})"
@@ -69,12 +82,19 @@ def _split(gathered: Tensor) -> list[Tensor]:
     return messages
 
 
+def _finish(handle: int) -> Tensor:
+    """The result of an operation. Horovod's own wait spins, and takes the core that a slower rank needs to arrive."""
+    while not hvd.poll(handle):
+        time.sleep(_POLL_SECONDS)
+    return hvd.synchronize(handle)
+
+
 class Group:
     """The ranks that exchange: collectives on a process set, counted, and their agreement."""
 
-    def __init__(self, process_set=None):
+    def __init__(self, process_set=None, communication: Communication | None = None):
         self.process_set = hvd.global_process_set if process_set is None else process_set
-        self.communication = Communication()
+        self.communication = communication or Communication()
 
     def check_started(self) -> None:
         if not hvd.is_initialized():
@@ -97,11 +117,12 @@ class Group:
         padded = torch.zeros(size_class(len(message)), dtype=torch.uint8)
         padded[: len(message)] = message
         padded = self.communication.count(padded)
-        return _split(hvd.allgather(padded, name=f"hvd_qgenx.{name}", process_set=self.process_set))
+        handle = hvd.allgather_async(padded, name=f"hvd_qgenx.{name}", process_set=self.process_set)
+        return _split(_finish(handle))
 
     def allreduce(self, vector: Tensor, op, predivide: float) -> Tensor:
         """The mean or the sum of one vector over all ranks."""
-        return hvd.allreduce(
+        handle = hvd.allreduce_async(
             self.communication.count(vector),
             name="hvd_qgenx.allreduce",
             op=op,
@@ -109,23 +130,32 @@ class Group:
             postscale_factor=predivide,
             process_set=self.process_set,
         )
+        return _finish(handle)
 
     def gather_records(self, record: Record, body: Tensor, name: str) -> tuple[list[Record], list[Tensor]]:
         """All ranks' records and bodies. Raises DisagreementError if they are not at the same exchange."""
         pairs = [Record.unpack(message) for message in self.gather(record.pack(body), name)]
-        first = pairs[0][0]
         for rank, (other, _) in enumerate(pairs):
-            if (other.step, other.stage) != (first.step, first.stage):
-                raise DisagreementError(f"ranks are out of step: rank 0 is at {first}, rank {rank} at {other}")
+            _compare_records(pairs[0][0], other, rank)
         return [record for record, _ in pairs], [body for _, body in pairs]
 
     def agree(self, lines: Sequence[str]) -> None:
         """Compares a description, line by line, with those of all ranks."""
         body = torch.frombuffer(bytearray("\n".join(lines).encode()), dtype=torch.uint8)
-        _, bodies = self.gather_records(Record(0, "agreement"), body, "exchange")
+        _, bodies = self.gather_records(Record(self.communication.number, 0, "agreement"), body, "exchange")
         texts = [bytes(body.numpy()).decode().split("\n") for body in bodies]
         for rank, other in enumerate(texts):
             _compare(texts[0], other, rank)
+
+
+def _compare_records(first: Record, other: Record, rank: int) -> None:
+    if other.number != first.number:
+        raise DisagreementError(
+            f"ranks use different optimizers or compressors: rank 0 the {first.number}. that it made, "
+            f"rank {rank} its {other.number}.; all ranks must make and use them in the same order"
+        )
+    if (other.step, other.stage) != (first.step, first.stage):
+        raise DisagreementError(f"ranks are out of step: rank 0 is at {first}, rank {rank} at {other}")
 
 
 def _compare(first: list[str], other: list[str], rank: int) -> None:

@@ -3,8 +3,9 @@
 Stock Horovod sums whatever ``compress`` returns and tells it neither the tensor's name nor the operation. So
 ``compress`` only keeps the tensor and returns a small token for Horovod to reduce; the first ``decompress`` of a step,
 which Horovod calls when all tokens of all ranks are under way, sends everything that was kept as one payload. Token
-entry 0 is a one, so its reduced value is the factor that Horovod applied. Entry 1 + rank is this call's index + 1 and
-zero on the other ranks, so reduced under the parameter's own name it tells where each rank put that parameter.
+entry 0 is a one, so its reduced value is the factor that Horovod applied. Entry 1 + rank is this call's number and zero
+on the other ranks, so reduced under the parameter's own name it tells where each rank put that parameter. The last
+entry is rank + 1, whose mean is known: what is not linear (Adasum, Min, Max, Product) gives itself away.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx.adaptation import Settings
+from hvd_qgenx.checks import check_named_parameters, check_process_set
 from hvd_qgenx.levels import Levels
 from hvd_qgenx.quantize import check_gradient
+from hvd_qgenx.traffic import Communication
 
 
 class NoneCompressor:
@@ -44,10 +47,14 @@ class FP16Compressor:
         return tensor if ctx is None else tensor.to(ctx)
 
 
-class _Batch:
-    """The tensors kept since the last exchange, and what came of them."""
+_CALLS = 2**20  # call numbers start again here: float32 carries them exactly, divided by any number of ranks
 
-    def __init__(self):
+
+class _Batch:
+    """The tensors kept since the last exchange, and what came of them; ``first`` is the number of its first call."""
+
+    def __init__(self, first: int):
+        self.first = first
         self.tensors: list[Tensor] = []
         self.gathered = None
 
@@ -62,10 +69,11 @@ class QGenXCompressor:
 
     def __init__(self, settings: Settings | None = None, named_parameters: Iterable | None = None, process_set=None):
         self.settings = settings or Settings()
-        self.process_set = process_set
-        self._named = list(named_parameters) if named_parameters is not None else []
+        self.process_set = None if process_set is None else check_process_set(process_set)
+        self._named = check_named_parameters(named_parameters) if named_parameters is not None else []
+        self._communication = Communication()
         self._exchange = None
-        self._open = _Batch()
+        self._open = _Batch(0)
         self._lock = threading.Lock()
 
     def __call__(
@@ -120,53 +128,66 @@ class QGenXCompressor:
         if self._exchange is None:
             from hvd_qgenx.exchange import PayloadExchange
 
-            self._exchange = PayloadExchange(self.settings, self.process_set)
+            self._exchange = PayloadExchange(self.settings, self.process_set, communication=self._communication)
         return self._exchange
 
     @property
     def communication(self):
         """Bytes handed to collectives, bits per coordinate, ratio to float32, variance."""
-        return self.exchange.communication
+        return self._communication
 
     def compress(self, tensor: Tensor):
         """Keeps ``tensor`` for the next exchange. Returns the token that Horovod reduces, and a context."""
-        check_gradient(tensor)
+        if check_gradient(tensor).requires_grad:
+            raise ValueError("gradient must not require a gradient itself: rounding has none")
         group = self.exchange.group
+        if not group.included:
+            raise ValueError("process_set of Compression.qgenx(process_set=...) does not include this rank")
         with self._lock:
             batch, index = self._open, len(self._open.tensors)
             batch.tensors.append(tensor)
-        token = torch.zeros(1 + group.size)
-        token[0], token[1 + group.rank] = 1.0, index + 1
+        token = torch.zeros(2 + group.size)
+        token[0], token[1 + group.rank], token[-1] = 1.0, self._number(batch, index), group.rank + 1
         return group.communication.count(token), (batch, index)
+
+    @staticmethod
+    def _number(batch: _Batch, index: int) -> int:
+        """1 to ``_CALLS``, counted through the life of the compressor."""
+        return (batch.first + index) % _CALLS + 1
 
     def decompress(self, token: Tensor, ctx):
         """The mean over ranks of the tensor that ``ctx`` stands for, times the factor that Horovod applied."""
         if ctx is None:  # a sparse gradient, which Horovod sends by itself
             return token
         batch, index = ctx
-        sections = self._sections(token.double(), index)
+        numbers = self._numbers(token.double(), self._number(batch, index))
         if batch.gathered is None:
             self._send(batch)
-        mean = batch.gathered.mean_of(sections)
-        self.exchange.check_finite([mean], [self._name(batch.tensors[index], index)])
+        firsts = [record.first for record in batch.gathered.records]
+        sections = [(number - 1 - first) % _CALLS for number, first in zip(numbers, firsts, strict=True)]
         tensor = batch.tensors[index]
-        return (mean * token[0]).view(tensor.shape).to(device=tensor.device, dtype=tensor.dtype)
+        mean = batch.gathered.mean_of(sections) * token[0]
+        (mean,) = self.exchange.check_finite([mean], [self._name(tensor, index)])
+        return mean.view(tensor.shape).to(device=tensor.device, dtype=tensor.dtype)
 
-    def _sections(self, token: Tensor, index: int) -> list[int]:
-        """For every rank, the index under which it kept the tensor that this token belongs to."""
+    def _numbers(self, token: Tensor, own: int) -> list[int]:
+        """For every rank, the number under which it kept the tensor that this token belongs to."""
         size, rank = self.exchange.group.size, self.exchange.group.rank
-        if token.shape != (1 + size,):
-            raise ValueError("Compression.qgenx averages whole tensors over its process set: only allreduce carries it")
-        entries = (token[1:] * size / token[0]).round().nan_to_num(-1.0)
-        if int(entries[rank]) != index + 1:
-            raise ValueError("op must be hvd.Average or hvd.Sum for Compression.qgenx: no other commutes with rounding")
-        return [int(entry) - 1 for entry in entries]
+        if token.shape == (2 + size,) and float(token[0]) != 0.0:
+            scaled = (token[1:] * size / token[0]).nan_to_num(-1.0)
+            is_linear = abs(float(scaled[-1]) - size * (size + 1) / 2) < 1e-3
+            if is_linear and round(float(scaled[rank])) == own:
+                return [round(number) for number in scaled[:-1].tolist()]
+        raise ValueError(
+            "op must be hvd.Average or hvd.Sum for Compression.qgenx, in an allreduce over its process_set "
+            "with the same compression on all ranks: Horovod changed the token as none of these would"
+        )
 
     def _send(self, batch: _Batch) -> None:
         with self._lock:
-            self._open = _Batch()
+            self._open = _Batch((batch.first + len(batch.tensors)) % _CALLS)
         outgoing = self.exchange.prepare(batch.tensors)
-        batch.gathered, _ = self.exchange.gather(outgoing, "step")
+        batch.gathered = self.exchange.gather(outgoing, self.exchange.record("step", first=batch.first))
 
     def _name(self, tensor: Tensor, index: int) -> str:
         for name, parameter in self._named:

@@ -10,7 +10,14 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
-from hvd_qgenx.checks import check_choice, check_integer
+from hvd_qgenx.checks import (
+    check_choice,
+    check_integer,
+    check_named_parameters,
+    check_positive,
+    check_process_set,
+    check_type,
+)
 from hvd_qgenx.compression import Compression, QGenXCompressor
 from hvd_qgenx.exchange import DenseExchange, Exchange, NoExchange, PayloadExchange
 from hvd_qgenx.extragradient import OptimizerView
@@ -91,7 +98,10 @@ class DistributedOptimizer(_Materialising):
         process_set=hvd.global_process_set,
         exchange: str = "auto",
     ):
+        _check_optimizer(optimizer)
         super().__init__(optimizer)
+        check_process_set(process_set)
+        check_type("sparse_as_dense", sparse_as_dense, bool)
         check_integer("backward_passes_per_step", backward_passes_per_step, 1)
         check_integer("num_groups", num_groups, 0)
         check_choice("exchange", exchange, EXCHANGES)
@@ -99,7 +109,7 @@ class DistributedOptimizer(_Materialising):
         self.sparse_as_dense = sparse_as_dense
         self._names = _names(self, named_parameters)
         self._exchange = _make_exchange(compression, process_set, op, gradient_predivide_factor)
-        self._exchange.describe(self._description())
+        self._describe()
         self._should_synchronize, self._synchronized, self._placeholder = True, False, False
         self._look_ahead: list[Tensor | None] | None = None
         if hasattr(optimizer, "num_ranks"):
@@ -121,11 +131,11 @@ class DistributedOptimizer(_Materialising):
         super().add_param_group(param_group)
         for index, p in enumerate(self.param_groups[-1]["params"]):
             self._names[p] = f"parameter.{len(self.param_groups) - 1}.{index}"
-        self._exchange.describe(self._description())
+        self._describe()
 
     def synchronize(self) -> None:
         """Exchanges gradients now, so that they can be looked at or clipped before the half-step that uses them."""
-        self._recall()
+        self._begin()
         stage = "step" if not self._extrapolates or self.optimizer.extrapolated else "extrapolation"
         self._average(stage)
         self._synchronized = True
@@ -147,14 +157,14 @@ class DistributedOptimizer(_Materialising):
         """
         if not self._extrapolates:
             raise AttributeError(f"{type(self.optimizer).__name__} has no extrapolation(); wrap it in ExtraGradient")
-        self._recall()
+        self._begin()
         if self.optimizer.extrapolation_uses_gradient:
             self._synchronize_unless_done("extrapolation")
         self.optimizer.extrapolation()
 
     def step(self, closure: Callable | None = None):
         """The step, on the mean gradient. With a closure the whole iteration; returns the first loss."""
-        self._recall()
+        self._begin()
         if closure is not None:
             return self._closure_step(closure)
         self._synchronize_unless_done("step")
@@ -175,8 +185,9 @@ class DistributedOptimizer(_Materialising):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Continues exactly from a ``state_dict``."""
+        """Continues exactly from a ``state_dict``; from one of an unwrapped optimizer with this wrapper's counters."""
         super().load_state_dict(state_dict)
+        self._placeholder = False
         self._recall()
 
     @property
@@ -190,9 +201,18 @@ class DistributedOptimizer(_Materialising):
             self._exchange.load_state_dict(memory)
             self._placeholder = memory["placeholder"]
 
+    def _begin(self) -> None:
+        """What precedes a half-step: takes up memory, drops state that only stood in for a broadcast."""
+        self._recall()
+        if self._placeholder:
+            self.state.clear()
+            self._placeholder = False
+
     def _closure_step(self, closure: Callable):
         if not self._extrapolates:
             return self.optimizer.step(lambda: self._evaluate(closure, "step"))
+        if self.optimizer.extrapolated:
+            raise RuntimeError("step(closure) starts at x_t, but parameters are at x_{t+1/2}: call step() alone")
         loss = None
         if self.optimizer.extrapolation_uses_gradient:
             loss = self._evaluate(closure, "extrapolation")
@@ -219,15 +239,13 @@ class DistributedOptimizer(_Materialising):
 
     def _average(self, stage: str) -> None:
         """Replaces every gradient by the mean (or sum) over ranks: the one place that exchanges."""
-        if self._placeholder:
-            self.state.clear()
-            self._placeholder = False
+        self._begin()
         parameters = self._parameters()
         starts = stage == "extrapolation" or not self._extrapolates or not self.optimizer.extrapolation_uses_gradient
         outgoing = self._exchange.prepare([self._gradient(p) for p in parameters], starts)
         term = self._squared_difference(self._exchange.values(outgoing), stage) if self._wants_difference else 0.0
         names = [self._names[p] for p in parameters]
-        means, terms = self._exchange.deliver(outgoing, stage, term, names)
+        means, terms = self._exchange.deliver(outgoing, stage, names, term)
         for p, mean in zip(parameters, means, strict=True):
             _assign(p, mean)
         if self._wants_difference and stage == "step":
@@ -247,19 +265,31 @@ class DistributedOptimizer(_Materialising):
         return sum(_squared_distance(first, second) for first, second in pairs)
 
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        """All of them, frozen ones too: what is frozen may differ between ranks, and then only lacks a gradient."""
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _gradient(self, p: Tensor) -> Tensor | None:
         if p.grad is None or not p.grad.is_sparse:
             return p.grad
         if not self.sparse_as_dense:
+            self._exchange.refuse()
             raise ValueError(f"the gradient of {self._names[p]} is sparse: pass sparse_as_dense=True")
         return p.grad.to_dense()
 
-    def _description(self) -> list[str]:
-        """What ranks must have in common, a line each."""
+    def _describe(self) -> None:
+        """Tells the exchange what ranks must have in common, a line each."""
+        parameters = self._parameters()
         kind = f"optimizer={type(self.optimizer).__name__}, op={self._exchange.op}"
-        return [kind] + [f"{self._names[p]} of shape {tuple(p.shape)}" for p in self._parameters()]
+        lines = [f"{self._names[p]} of shape {tuple(p.shape)} and type {p.dtype}" for p in parameters]
+        self._exchange.describe([kind, *lines], [p.dtype for p in parameters])
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    check_type("optimizer", optimizer, torch.optim.Optimizer)
+    if getattr(optimizer, "__module__", None) == hvd.DistributedOptimizer.__module__:
+        raise ValueError("optimizer must not be distributed already: its gradients would be averaged twice")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("optimizer must not be LBFGS: each rank's own loss would decide how often it evaluates")
 
 
 def _make_exchange(compression, process_set, op, predivide: float) -> Exchange:
@@ -267,6 +297,8 @@ def _make_exchange(compression, process_set, op, predivide: float) -> Exchange:
         raise RuntimeError("Horovod is not initialized: call horovod.torch.init() first")
     if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
         raise ValueError(f"compression must be one of Compression's or a compressor of Horovod's, got {compression!r}")
+    if getattr(compression, "process_set", None) not in (None, process_set):
+        raise ValueError("process_set must be the same for the optimizer and its compression, or be left to the first")
     if not process_set.included() or process_set.size() == 1:
         return NoExchange(process_set, op)
     if isinstance(compression, QGenXCompressor):
@@ -275,8 +307,7 @@ def _make_exchange(compression, process_set, op, predivide: float) -> Exchange:
 
 
 def _check_predivide(factor: float, op) -> None:
-    if not (isinstance(factor, (int, float)) and 0.0 < factor < float("inf")):
-        raise ValueError(f"gradient_predivide_factor must be a positive number, got {factor!r}")
+    check_positive("gradient_predivide_factor", factor)
     if factor != 1.0 and op != hvd.Average:
         raise ValueError("gradient_predivide_factor must be 1 unless op is hvd.Average")
 
@@ -286,9 +317,7 @@ def _names(optimizer: torch.optim.Optimizer, named_parameters: Iterable | None) 
     groups = [group["params"] for group in optimizer.param_groups]
     if named_parameters is None:
         return {p: f"parameter.{i}.{j}" for i, group in enumerate(groups) for j, p in enumerate(group)}
-    pairs = list(named_parameters)
-    if any(not (isinstance(pair, tuple) and len(pair) == 2) for pair in pairs):
-        raise ValueError("named_parameters must be (name, parameter) pairs, as model.named_parameters() gives")
+    pairs = check_named_parameters(named_parameters)
     seen: set[str] = set()
     repeated = sorted({name for name, _ in pairs if name in seen or seen.add(name)})
     if repeated:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from hvd_qgenx.checks import check_choice
+from hvd_qgenx.checks import check_choice, check_positive
 
 METHODS = ("dual_averaging", "dual_extrapolation", "optimistic")
 
@@ -32,9 +32,7 @@ class QGenX(torch.optim.Optimizer):
 
     def __init__(self, params, method: str = "dual_extrapolation", step_scale: float = 1.0):
         check_choice("method", method, METHODS)
-        if not (isinstance(step_scale, (int, float)) and 0.0 < step_scale < float("inf")):
-            raise ValueError(f"step_scale must be a positive number, got {step_scale!r}")
-        super().__init__(params, {"method": method, "step_scale": float(step_scale)})
+        super().__init__(params, {"method": method, "step_scale": check_positive("step_scale", step_scale)})
         self.num_ranks = 1
         #: sum over ranks of ||V_k,t - V_k,t+1/2||^2 for the coming step; None means this process is alone.
         self.squared_difference: float | None = None
@@ -92,6 +90,8 @@ class QGenX(torch.optim.Optimizer):
         return loss
 
     def _closure_iteration(self, closure: Callable):
+        if self.extrapolated:
+            raise RuntimeError("step(closure) starts at X_t, but parameters are at X_{t+1/2}: call step() alone")
         with torch.enable_grad():
             loss = closure() if self.extrapolation_uses_gradient else None
         self.extrapolation()

@@ -7,6 +7,8 @@ parameter may be absent (None) on some ranks, which counts as zero, or on all, w
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,13 +54,17 @@ class Exchange:
     Args:
         process_set: Horovod's; None is all ranks.
         op: ``hvd.Average`` or ``hvd.Sum``.
+        communication: where to count; None is a new count.
     """
 
-    def __init__(self, process_set=None, op=hvd.Average):
+    #: What a mean that is not finite does, see ``Compression.qgenx``.
+    nonfinite = "nan"
+
+    def __init__(self, process_set=None, op=hvd.Average, communication: Communication | None = None):
         if op not in (hvd.Average, hvd.Sum):
             raise ValueError("op must be hvd.Average or hvd.Sum: no other is defined for what is exchanged here")
         self.op = op
-        self.group = Group(process_set)
+        self.group = Group(process_set, communication)
         self.step = 0
         self.iteration = 0
         self.description: list[str] = []
@@ -68,7 +74,7 @@ class Exchange:
     def communication(self) -> Communication:
         return self.group.communication
 
-    def describe(self, lines: Sequence[str]) -> None:
+    def describe(self, lines: Sequence[str], dtypes: Sequence[torch.dtype]) -> None:
         """What ranks must have in common, beside the exchange's own settings; compared before the next exchange."""
         self.description, self._agreed = list(lines), False
 
@@ -82,6 +88,27 @@ class Exchange:
 
     def settings_lines(self) -> list[str]:
         return []
+
+    def record(self, stage: str, term: float = 0.0, first: int = 0) -> Record:
+        return Record(self.communication.number, self.step, stage, term, first)
+
+    def refuse(self) -> None:
+        """Takes the place of an exchange on a rank that cannot make it, so that the others learn it and do not wait."""
+        with contextlib.suppress(DisagreementError):
+            self.group.gather_records(self.record("refusal"), torch.zeros(0, dtype=torch.uint8), "exchange")
+
+    def check_finite(self, means: Sequence[Tensor | None], names: Sequence[str]) -> list[Tensor | None]:
+        """The means, NaN throughout where one is not finite; warns once, or raises, naming those parameters."""
+        broken = [mean is not None and not bool(mean.isfinite().all()) for mean in means]
+        if not any(broken):
+            return list(means)
+        found = ", ".join(name for name, is_broken in zip(names, broken, strict=True) if is_broken)
+        message = f"the gradient of {found} is not finite on some rank: its mean is NaN on all ranks"
+        if self.nonfinite == "raise":
+            raise FloatingPointError(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        spoiled = [torch.full_like(m, torch.nan) if b else m for m, b in zip(means, broken, strict=True)]
+        return spoiled
 
     def values(self, outgoing: Outgoing) -> list[Tensor | None]:
         """What the other ranks will see of this rank's tensors, as float vectors."""
@@ -102,7 +129,7 @@ class NoExchange(Exchange):
         self.iteration += starts_iteration
         return _outgoing(tensors, [tensor.detach().reshape(-1) for tensor in tensors if tensor is not None])
 
-    def deliver(self, outgoing: Outgoing, stage: str, term: float = 0.0, names: Sequence[str] = ()):
+    def deliver(self, outgoing: Outgoing, stage: str, names: Sequence[str], term: float = 0.0):
         self.step += 1
         return self.values(outgoing), [term]
 
@@ -117,6 +144,13 @@ class DenseExchange(Exchange):
     def __init__(self, compression, process_set=None, op=hvd.Average, predivide: float = 1.0):
         super().__init__(process_set, op)
         self.compression, self.predivide = compression, predivide
+        self.dtype = torch.float32
+
+    def describe(self, lines: Sequence[str], dtypes: Sequence[torch.dtype]) -> None:
+        """All parameters travel in one vector, of a type that holds them all and that Horovod can reduce."""
+        super().describe(lines, dtypes)
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        self.dtype = torch.float32 if dtype == torch.bfloat16 else dtype
 
     def settings_lines(self) -> list[str]:
         return [f"compression={getattr(self.compression, '__name__', type(self.compression).__name__)}"]
@@ -124,23 +158,30 @@ class DenseExchange(Exchange):
     def prepare(self, tensors: Sequence[Tensor | None], starts_iteration: bool = True) -> Outgoing:
         self._begin(tensors)
         self.iteration += starts_iteration
-        vectors = [_as_dense(tensor) for tensor in tensors if tensor is not None]
+        vectors = [tensor.detach().cpu().to(self.dtype).reshape(-1) for tensor in tensors if tensor is not None]
         return _outgoing(tensors, vectors)
 
     def values(self, outgoing: Outgoing) -> list[Tensor | None]:
         rounded = self.compression.decompress(*self.compression.compress(outgoing.vector))
         return _cut(rounded, outgoing.sizes, outgoing.present)
 
-    def deliver(self, outgoing: Outgoing, stage: str, term: float = 0.0, names: Sequence[str] = ()):
+    def deliver(self, outgoing: Outgoing, stage: str, names: Sequence[str], term: float = 0.0):
         sizes = torch.tensor(outgoing.sizes, dtype=torch.int64)
         here = torch.tensor(outgoing.present, dtype=torch.int64)
         body = torch.stack((here, sizes)).view(torch.uint8).view(-1)
-        records, bodies = self.group.gather_records(Record(self.step, stage, term), body, "exchange")
+        records, bodies = self.group.gather_records(self.record(stage, term), body, "exchange")
         others = torch.stack([other.clone().view(torch.int64).view(2, -1) for other in bodies])
         present, common = others[:, 0].amax(dim=0).bool().tolist(), others[:, 1].amax(dim=0).tolist()
-        mean = self._allreduce(_filled(outgoing, common))
+        mean = self._allreduce(self._filled(outgoing, common))
         self.step += 1
-        return _cut(mean, common, present), [record.term for record in records]
+        means = self.check_finite(_cut(mean, common, present), names)
+        return means, [record.term for record in records]
+
+    def _filled(self, outgoing: Outgoing, common: Sequence[int]) -> Tensor:
+        """The vector with zeros for those parameters that other ranks have and this one does not."""
+        parts = zip(outgoing.vector.split(list(outgoing.sizes)), common, strict=True)
+        vectors = [part if len(part) else torch.zeros(size, dtype=self.dtype) for part, size in parts]
+        return torch.cat(vectors) if vectors else outgoing.vector
 
     def _allreduce(self, vector: Tensor) -> Tensor:
         compressed, context = self.compression.compress(vector)
@@ -150,27 +191,15 @@ class DenseExchange(Exchange):
         return self.compression.decompress(mean, context)
 
 
-def _as_dense(tensor: Tensor) -> Tensor:
-    """A CPU vector of a type that Horovod can reduce."""
-    vector = tensor.detach().cpu().reshape(-1)
-    return vector.float() if vector.dtype == torch.bfloat16 else vector
-
-
-def _filled(outgoing: Outgoing, common: Sequence[int]) -> Tensor:
-    """The vector with zeros for those parameters that other ranks have and this one does not."""
-    parts = outgoing.vector.split(list(outgoing.sizes))
-    vectors = [part if len(part) == size else torch.zeros(size) for part, size in zip(parts, common, strict=True)]
-    return torch.cat(vectors) if vectors else outgoing.vector
-
-
 class PayloadExchange(Exchange):
     """The mean by allgather of coded payloads, decoded and added on every rank in rank order."""
 
-    def __init__(self, settings: Settings, process_set=None, op=hvd.Average):
-        super().__init__(process_set, op)
-        self.settings = settings
+    def __init__(self, settings: Settings, process_set=None, op=hvd.Average, communication=None):
+        super().__init__(process_set, op, communication)
+        self.settings, self.nonfinite = settings, settings.nonfinite
         self.codec = settings.codec()
         self.version = 0
+        self.first_fit_at = 0
 
     def settings_lines(self) -> list[str]:
         return self.settings.describe()
@@ -189,9 +218,9 @@ class PayloadExchange(Exchange):
         return Outgoing(outgoing.present, outgoing.sizes, outgoing.vector, encoded, decoded)
 
     def _is_due(self) -> bool:
-        """By the schedule, or because no gradient so far had anything to fit to."""
-        unfitted = self.settings.levels == "adaptive" and self.version == 0
-        return unfitted or self.settings.adapts(self.iteration)
+        """By the schedule, or because earlier gradients had nothing to fit to; then at ever longer intervals."""
+        late = self.settings.levels == "adaptive" and self.version == 0 and 0 < self.first_fit_at <= self.iteration
+        return late or self.settings.adapts(self.iteration)
 
     def _quantize(self, outgoing: Outgoing) -> Encoded:
         key = Key(self.settings.seed, hvd.rank(), self.step)
@@ -200,12 +229,14 @@ class PayloadExchange(Exchange):
     def _adapt(self, outgoing: Outgoing) -> None:
         encoded = self._quantize(outgoing)
         message = Statistics.measure(encoded.coded(outgoing.vector), encoded).to_message()
-        _, bodies = self.group.gather_records(Record(self.step, "adaptation"), message.view(torch.uint8), "exchange")
+        _, bodies = self.group.gather_records(self.record("adaptation"), message.view(torch.uint8), "exchange")
         parts = [Statistics.from_message(body.clone().view(torch.int64)) for body in bodies]
         if fitted := fit(Statistics.merged(parts), self.settings.bits):
             self.codec = self.settings.codec(*fitted)
             self.version += 1
             self.communication.codebook_version = self.version
+        else:
+            self.first_fit_at = 2 * self.iteration + 1
 
     def _measure(self, vector: Tensor, decoded: Tensor) -> None:
         finite = torch.where(decoded.isfinite(), vector, 0.0).double()
@@ -216,54 +247,48 @@ class PayloadExchange(Exchange):
     def values(self, outgoing: Outgoing) -> list[Tensor | None]:
         return _cut(outgoing.decoded, outgoing.sizes, outgoing.present)
 
-    def gather(self, outgoing: Outgoing, stage: str, term: float = 0.0) -> tuple[Gathered, list[float]]:
-        """All ranks' payloads and terms."""
+    def gather(self, outgoing: Outgoing, record: Record) -> Gathered:
+        """All ranks' records and payloads."""
         payload = self.codec.pack(outgoing.encoded, inline=False)
-        records, payloads = self.group.gather_records(Record(self.step, stage, term), payload, "exchange")
+        records, payloads = self.group.gather_records(record, payload, "exchange")
         self.step += 1
-        return Gathered(self.codec, payloads), [record.term for record in records]
+        return Gathered(self.codec, records, payloads)
 
-    def deliver(self, outgoing: Outgoing, stage: str, term: float = 0.0, names: Sequence[str] = ()):
-        gathered, terms = self.gather(outgoing, stage, term)
+    def deliver(self, outgoing: Outgoing, stage: str, names: Sequence[str], term: float = 0.0):
+        gathered = self.gather(outgoing, self.record(stage, term))
         means = [gathered.mean_of_present(index) for index in range(len(outgoing.sizes))]
-        self.check_finite(means, names)
         scale = self.group.size if self.op == hvd.Sum else 1
-        return [mean if mean is None else mean * scale for mean in means], terms
-
-    def check_finite(self, means: Sequence[Tensor | None], names: Sequence[str]) -> None:
-        """Warns once, or raises, naming the parameters whose mean is NaN because some rank's was not finite."""
-        broken = [name for mean, name in zip(means, names, strict=False) if _spoiled(mean)]
-        if not broken:
-            return
-        message = f"the gradient of {', '.join(broken)} is not finite on some rank: its mean is NaN on all ranks"
-        if self.settings.nonfinite == "raise":
-            raise FloatingPointError(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        means = self.check_finite([mean if mean is None else mean * scale for mean in means], names)
+        return means, [record.term for record in gathered.records]
 
     def state_dict(self) -> dict:
-        """Counters, and the codebook in use: plain numbers."""
+        """Counters, the codebook in use and what it belongs to: plain numbers and words."""
         counts = None if self.codec.counts is None else list(self.codec.counts)
-        codebook = {"version": self.version, "levels": list(self.codec.levels.values), "counts": counts}
-        return {**super().state_dict(), **codebook}
+        return {
+            **super().state_dict(),
+            "settings": self.settings.describe(),
+            "version": self.version,
+            "first_fit_at": self.first_fit_at,
+            "levels": list(self.codec.levels.values),
+            "counts": counts,
+        }
 
     def load_state_dict(self, state: dict) -> None:
+        """Continues exactly; from a state of other settings, with the counters alone and levels fitted anew."""
         super().load_state_dict(state)
-        if "levels" not in state:  # written under another compression: only the counters carry over
+        if state.get("settings") != self.settings.describe():
+            self.first_fit_at = max(self.iteration, 1)
             return
+        self.first_fit_at = state["first_fit_at"]
         self.version = self.communication.codebook_version = state["version"]
         self.codec = self.settings.codec(Levels(tuple(state["levels"])), state["counts"])
-
-
-def _spoiled(mean: Tensor | None) -> bool:
-    """A gradient that is not finite makes its whole mean NaN, so the first element tells."""
-    return mean is not None and len(mean) > 0 and bool(mean[0].isnan())
 
 
 class Gathered:
     """All ranks' payloads of one exchange, decoded once, when first asked for a mean."""
 
-    def __init__(self, codec: Codec, payloads: list[Tensor]):
-        self.codec, self.payloads = codec, payloads
+    def __init__(self, codec: Codec, records: list[Record], payloads: list[Tensor]):
+        self.codec, self.records, self.payloads = codec, records, payloads
         self.sizes = [parse(payload).header.sizes for payload in payloads]
 
     @cached_property

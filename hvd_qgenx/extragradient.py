@@ -14,14 +14,14 @@ from collections.abc import Callable
 
 import torch
 
+from hvd_qgenx.checks import check_type
+
 
 class OptimizerView(torch.optim.Optimizer):
     """An optimizer that is a view of another: it shares param_groups, state and defaults and owns nothing."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        self.optimizer = optimizer
+        self.optimizer = check_type("optimizer", optimizer, torch.optim.Optimizer)
         # What Optimizer does for an unpickled one: it sets up hooks and touches neither groups nor state.
         self.__setstate__({})
 
@@ -74,8 +74,13 @@ class ExtraGradient(OptimizerView):
 
     def __init__(self, base_optimizer: torch.optim.Optimizer):
         super().__init__(base_optimizer)
+        if hasattr(base_optimizer, "extrapolation") or isinstance(base_optimizer, torch.optim.LBFGS):
+            raise ValueError(f"base_optimizer must make one move a step, {type(base_optimizer).__name__} does not")
         for group in self.param_groups:
             _prepare(group)
+        # Where the base has made its state already, ours is there from the start too: all ranks then hold the same.
+        for p, state in self.state.items():
+            state["anchor"] = p.detach().clone()
 
     def add_param_group(self, param_group: dict) -> None:
         """Adds a group of parameters."""
@@ -103,10 +108,13 @@ class ExtraGradient(OptimizerView):
         """Moves to x_{t+1}. With a closure it makes the whole iteration and returns the loss at x_t.
 
         Raises:
-            RuntimeError: without a closure, if there was no ``extrapolation`` since the last step.
+            RuntimeError: without a closure, if there was no ``extrapolation`` since the last step; with one, if there
+                was.
         """
         loss = None
         if closure is not None:
+            if self.extrapolated:
+                raise RuntimeError("step(closure) starts at x_t, but parameters are at x_{t+1/2}: call step() alone")
             with torch.enable_grad():
                 loss = closure()
             self.extrapolation()

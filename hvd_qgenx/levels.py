@@ -53,6 +53,8 @@ class Levels:
 
     def __post_init__(self):
         try:
+            if isinstance(self.values, str):
+                raise TypeError
             rounded = tuple(float(np.float32(value)) for value in self.values)
         except (TypeError, ValueError):
             raise ValueError(f"levels must be a sequence of numbers, got {self.values!r}") from None
@@ -137,7 +139,7 @@ class Distribution:
 
     def __init__(self, counts: Sequence[float]):
         counts = [count.item() if hasattr(count, "item") else count for count in counts]
-        if len(counts) != NUM_BINS or min(counts) < 0 or sum(counts) <= 0:
+        if len(counts) != NUM_BINS or not 0 < sum(counts) < math.inf or min(counts) < 0:
             raise ValueError(f"counts must be {NUM_BINS} non-negative numbers, not all zero")
         total = sum(counts)
         self.mass = [count / total for count in counts]

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_qgenx.coders import CODERS, Codebook, CodeError, canonical_words, codebook
+from hvd_qgenx.coders import CODERS, MAX_WORD, Codebook, CodeError, canonical_words, codebook
 from hvd_qgenx.levels import NORMS, Levels
 from hvd_qgenx.quantize import Buckets, Key, Quantized
+from hvd_qgenx.reference import bucket_lengths
 
 MAGIC = b"QGNX"
 VERSION = 1
@@ -171,8 +172,11 @@ def _parse_inline(cursor: _Cursor, fields: dict) -> tuple[Levels, Codebook]:
     try:
         levels = Levels((0.0, *values.tolist()))
         if coder == "huffman":
+            _expect(min(lengths) >= 1 and max(lengths) <= MAX_WORD, f"code lengths are not between 1 and {MAX_WORD}")
             return levels, Codebook(canonical_words(lengths.tolist()))
         words = codebook(coder, count)
+    except PayloadError:
+        raise
     except ValueError as error:
         raise PayloadError(f"payload: codebook: {error}") from None
     _expect(words.lengths == tuple(lengths.tolist()), f"code lengths are not those of {coder}")
@@ -199,20 +203,30 @@ def _parse_sections(cursor: _Cursor, header: Header) -> Parsed:
     num_buckets = sum(-(-size // header.bucket_size) for size in header.coded_sizes)
     raw = cursor.take("raw", "<f4", header.raw_numel)
     norms = cursor.take("norms", "<f4", num_buckets)
+    _expect(not bool(np.isinf(raw).any()), "raw holds an infinite number")
     _expect(not bool(np.any((norms < 0) | np.isinf(norms))), "norms hold a negative or infinite number")
     fixed = header.coder == "fixed"
     byte_lengths = None if fixed else torch.from_numpy(cursor.take("lengths", "<u2", num_buckets).astype(np.int64))
     coded = cursor.rest()
-    if byte_lengths is not None:
-        total = int(byte_lengths.sum())
-        _expect(total == len(coded), f"lengths add up to {total} bytes, {len(coded)} are there")
+    _check_lengths(header, byte_lengths, len(coded))
     return Parsed(header, torch.from_numpy(raw.copy()), torch.from_numpy(norms.copy()), byte_lengths, coded)
+
+
+def _check_lengths(header: Header, byte_lengths: Tensor | None, coded: int) -> None:
+    """Every coordinate takes at least a bit, so what decoding allocates is bounded by the bytes that are there."""
+    lengths = bucket_lengths(header.coded_sizes, header.bucket_size)
+    if byte_lengths is None:
+        needed = int(((lengths * (2 * header.num_levels).bit_length() + 7) // 8).sum())
+        _expect(coded == needed, f"coded has {coded} bytes, its buckets need {needed}")
+        return
+    total = int(byte_lengths.sum())
+    _expect(total == coded, f"lengths add up to {total} bytes, {coded} are there")
+    _expect(bool((8 * byte_lengths >= lengths).all()), "lengths hold less than a bit for each coordinate")
 
 
 def decode_symbols(parsed: Parsed, words: Codebook, buckets: Buckets) -> Tensor:
     """Symbols int8[n] of the coded segments."""
     byte_lengths = words.fixed_byte_lengths(buckets) if words.width else parsed.byte_lengths
-    _expect(int(byte_lengths.sum()) == len(parsed.coded), "coded has another number of bytes than its buckets need")
     try:
         return words.decode(parsed.coded, byte_lengths, buckets)
     except CodeError as error:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field
 
 from torch import Tensor
+
+_NUMBERS = itertools.count(1)
 
 
 @dataclass
 class Communication:
-    """Totals of one rank since the start of the process.
+    """Totals of one rank's optimizer or compressor since the start of the process.
 
     Attributes:
+        number: which one it is, in the order in which they were made; by it ranks notice that they use different ones.
         exchanges: how many averages were made.
         collectives: how many operations they took.
         bytes_sent: bytes of the tensors handed to collectives, agreements, statistics and padding included. What a
@@ -21,6 +25,7 @@ class Communication:
         codebook_version: how often levels have been fitted.
     """
 
+    number: int = field(default_factory=lambda: next(_NUMBERS))
     exchanges: int = 0
     collectives: int = 0
     bytes_sent: int = 0

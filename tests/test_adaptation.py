@@ -91,7 +91,16 @@ def test_a_schedule_names_its_iterations():
     [
         ({"bits": 0}, "bits must be an integer between 2 and 8, got 0"),
         ({"bits": 9}, "bits must be"),
-        ({"levels": "quadratic"}, "levels must be one of"),
+        (
+            {"levels": "quadratic"},
+            "levels must be one of 'adaptive', 'uniform', 'exponential' or a Levels, got 'quadratic'",
+        ),
+        ({"levels": [0, 0.5, 1]}, "levels must be one of"),
+        ({"levels": "a Levels"}, "levels must be one of"),
+        ({"process_set": "all"}, "process_set must be a horovod.torch.ProcessSet, got 'all'"),
+        ({"named_parameters": 5}, "named_parameters must be"),
+        ({"named_parameters": [torch.zeros(1)]}, "named_parameters must be"),
+        ({"adapt_at": None}, "adapt_at must be a sequence"),
         ({"levels": Levels.uniform(8)}, "levels must be at most 7 for bits=4"),
         ({"coder": "gzip"}, "coder must be one of 'fixed', 'elias_gamma'"),
         ({"norm": "l1"}, "norm must be one of 'l2', 'linf'"),

@@ -106,8 +106,10 @@ def test_out_is_overwritten():
         ({"bucket_size": 0}, "bucket_size"),
         ({"bucket_size": 20000}, "bucket_size"),
         ({"rounding": "nearest"}, "rounding must be one of"),
-        ({"counts": (1, 2)}, "counts must be 8"),
-        ({"counts": (1,) * 7 + (-1,)}, "counts must be 8"),
+        ({"counts": (1, 2)}, "counts must be 8 integers"),
+        ({"counts": (1,) * 7 + (-1,)}, "counts must be an integer at least 0, got -1"),
+        ({"counts": (1,) * 7 + (1.5,)}, "counts must be an integer at least 0, got 1.5"),
+        ({"counts": 3}, "counts must be a sequence"),
         ({"min_numel": -1}, "min_numel must be"),
     ],
 )
@@ -133,6 +135,12 @@ def test_wrong_buffers_are_refused_by_name():
         codec.decode_mean([payload], out=torch.empty(99))
     with pytest.raises(ValueError, match="sizes must add up"):
         codec.encode(vector, Key(0, 0, 0), sizes=(50, 49))
+    with pytest.raises(ValueError, match="sizes must be a sequence"):
+        codec.encode(vector, Key(0, 0, 0), sizes=3)
+    with pytest.raises(ValueError, match="key must be a Key, got None"):
+        codec.encode(vector, None)
+    with pytest.raises(ValueError, match="out must be a Tensor, got 5"):
+        codec.encode(vector, Key(0, 0, 0), out=5)
     with pytest.raises(ValueError, match="payloads must hold"):
         codec.decode_mean([])
     with pytest.raises(ValueError, match="payload must be a 1-D uint8"):

@@ -96,9 +96,10 @@ def test_huffman_is_complete_and_within_one_bit_of_the_entropy(counts):
         assert mean < entropy + 1
 
 
-def test_lengths_that_break_kraft_are_refused():
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 1, 60), (0, 255)])
+def test_lengths_that_break_kraft_are_refused(lengths):
     with pytest.raises(CodeError, match="Kraft"):
-        canonical_words((1, 1, 1))
+        canonical_words(lengths)
 
 
 @pytest.mark.parametrize("coder", CODERS)

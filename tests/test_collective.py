@@ -18,8 +18,8 @@ def test_size_classes_cost_little_and_grow():
 @pytest.mark.parametrize("lengths", [(0,), (5, 0, 1000), (1, 1, 1), (100_000, 3)])
 def test_messages_of_any_length_are_found_again(lengths):
     bodies = [torch.randint(0, 256, (length,), dtype=torch.uint8) for length in lengths]
-    records = [Record(step, "extrapolation", step / 3) for step in range(len(lengths))]
-    gathered = [torch.zeros(size_class(40 + length), dtype=torch.uint8) for length in lengths]
+    records = [Record(1, step, "extrapolation", step / 3, first=7) for step in range(len(lengths))]
+    gathered = [torch.zeros(size_class(56 + length), dtype=torch.uint8) for length in lengths]
     for buffer, record, body in zip(gathered, records, bodies, strict=True):
         message = record.pack(body)
         buffer[: len(message)] = message

@@ -204,9 +204,7 @@ def test_a_cuda_toolkit_counts_for_a_cuda_build_of_torch_alone(cuda, expected, m
 def test_settings_the_key_does_not_know_do_not_reach_the_build(monkeypatch):
     monkeypatch.setenv("HOROVOD_GPU_OPERATIONS", "NCCL")
     monkeypatch.setenv("CMAKE_GENERATOR", "Ninja")
-    assert not {"HOROVOD_GPU_OPERATIONS", "CMAKE_GENERATOR"} & set(
-        build_horovod.build_environment()
-    )
+    assert not {"HOROVOD_GPU_OPERATIONS", "CMAKE_GENERATOR"} & set(build_horovod.build_environment())
 
 
 # The cache
@@ -277,9 +275,7 @@ def test_relative_cache_home_is_ignored(tmp_path, monkeypatch):
 def checkout(tmp_path):
     """A second checkout without a .venv: what the set-up reads, and nothing else."""
     folder = tmp_path / "checkout"
-    shutil.copytree(
-        ROOT / "environment", folder / "environment", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(ROOT / "environment", folder / "environment", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "setup.cfg", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     return folder

@@ -192,7 +192,7 @@ def test_step_without_extrapolation_says_what_is_missing():
 
 
 def test_what_is_no_optimizer_is_refused():
-    with pytest.raises(ValueError, match="optimizer must be a torch.optim.Optimizer, got int"):
+    with pytest.raises(ValueError, match="optimizer must be a Optimizer, got 3"):
         ExtraGradient(3)
 
 
@@ -218,3 +218,18 @@ def test_schedulers_and_the_wrapped_optimizer_see_the_same_groups():
     _half_steps(optimizer, gradients)
     scheduler.step()
     assert optimizer.optimizer.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("base", [torch.optim.LBFGS, ExtraSGD])
+def test_a_base_that_does_not_make_one_move_a_step_is_refused(base):
+    with pytest.raises(ValueError, match="base_optimizer must make one move a step"):
+        ExtraGradient(base([torch.zeros(1, requires_grad=True)]))
+
+
+def test_a_closure_at_the_extrapolated_point_is_refused():
+    x, y, gradients = _game()
+    optimizer = ExtraSGD([x, y], lr=0.5)
+    gradients()
+    optimizer.extrapolation()
+    with pytest.raises(RuntimeError, match=r"parameters are at x_\{t\+1/2\}: call step\(\) alone"):
+        optimizer.step(lambda: None)

@@ -34,6 +34,7 @@ def test_exponential_levels_halve():
         (0.0, 1e-60, 1.0),
         tuple(j / 200 for j in range(201)),
         "ab",
+        "01",
         (0.0, None, 1.0),
     ],
 )

@@ -14,7 +14,7 @@ RUNS = [
     ("gloo", 2, "check_dropin.py"),
     ("gloo", 2, "check_wrapper.py"),
     ("gloo", 2, "check_bytes.py"),
-    ("mpi", 3, "check_dropin.py"),
+    ("mpi", 2, "check_dropin.py"),
     ("mpi", 2, "check_wrapper.py"),
 ]
 

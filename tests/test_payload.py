@@ -2,6 +2,7 @@
 
 import json
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -124,3 +125,40 @@ def test_payloads_with_inline_codebooks_may_differ():
 def test_the_key_travels_in_the_header():
     _, payload = _payload()
     assert parse(payload).header.key == Key(1, 2, 3)
+
+
+def _hostile(sizes: bytes, norms: bytes, lengths: bytes, coded: bytes, numel: int, coder: int = 4) -> torch.Tensor:
+    """A payload with inline levels (0, 1), the given sections and a right checksum."""
+    tail = struct.pack("<f", 1.0) + bytes([1, 1] if coder == 4 else [0, 0]) + sizes + norms + lengths + coded
+    fixed = struct.Struct("<4sHBBBBHQQIIIQQIIQ")
+    head = (b"QGNX", 1, 1, 0, coder, 1, 0, fixed.size + len(tail) + 4, numel, len(sizes) // 8, 0, 16384, 0, 0, 0, 0, 0)
+    return _signed(fixed.pack(*head) + tail)
+
+
+@pytest.mark.parametrize("coder", [0, 4])
+def test_few_bytes_cannot_ask_for_much_memory(coder):
+    """A thousand buckets of 16384 coordinates without a bit of code: 1 GB, were it believed."""
+    numel, lengths = 1000 * 16384, b"" if coder == 0 else bytes(2000)
+    payload = _hostile(struct.pack("<Q", numel), struct.pack("<f", 1.0) * 1000, lengths, b"", numel, coder)
+    tracemalloc.start()
+    with pytest.raises(PayloadError, match="coded has 0 bytes|lengths hold less than a bit for each coordinate"):
+        Codec(Levels.uniform(2)).decode_mean([payload])
+    assert tracemalloc.get_traced_memory()[1] < 100 * len(payload)
+    tracemalloc.stop()
+
+
+def test_an_infinite_raw_value_is_refused():
+    codec, payload = _payload()
+    position = payload.numpy().tobytes().find(struct.pack("<Q", 95)) + 8  # the raw values follow the last size
+    data = bytearray(payload.numpy().tobytes()[:-4])
+    data[position : position + 4] = struct.pack("<f", float("inf"))
+    with pytest.raises(PayloadError, match="raw holds an infinite number"):
+        codec.decode_mean([_signed(bytes(data))])
+
+
+def test_a_number_of_levels_that_is_not_the_decoders_is_refused():
+    codec, payload = _payload(inline=False)
+    data = bytearray(payload.numpy().tobytes()[:-4])
+    data[9] = 200
+    with pytest.raises(PayloadError, match="codebook is huffman 200"):
+        codec.decode_mean([_signed(bytes(data))])

@@ -92,6 +92,14 @@ def horovod():
         ({"named_parameters": [1]}, "named_parameters must be"),
         ({"named_parameters": []}, "must name every parameter"),
         ({"compression": "qgenx"}, "compression must be one of"),
+        ({"process_set": "all"}, "process_set must be a horovod.torch.ProcessSet"),
+        ({"process_set": None}, "process_set must be a horovod.torch.ProcessSet"),
+        ({"sparse_as_dense": "no"}, "sparse_as_dense must be a bool"),
+        ({"named_parameters": 5}, "named_parameters must be"),
+        (
+            {"compression": hvd_qgenx.Compression.qgenx(process_set=hvd.ProcessSet([0]))},
+            "process_set must be the same for the optimizer and its compression",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named_when_the_wrapper_is_made(options, message):
@@ -121,3 +129,16 @@ def test_one_process_alone_sends_nothing_and_rounds_nothing():
     p.grad = torch.randn(5000, generator=torch.Generator().manual_seed(0))
     optimizer.step()
     assert torch.equal(p.detach(), -p.grad) and optimizer.communication.bytes_sent == 0
+
+
+@pytest.mark.parametrize(
+    "wrap", [hvd.DistributedOptimizer, lambda optimizer: hvd_qgenx.DistributedOptimizer(optimizer)]
+)
+def test_what_is_distributed_already_is_refused(wrap):
+    with pytest.raises(ValueError, match="optimizer must not be distributed already"):
+        hvd_qgenx.DistributedOptimizer(wrap(torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)))
+
+
+def test_lbfgs_is_refused():
+    with pytest.raises(ValueError, match="optimizer must not be LBFGS"):
+        hvd_qgenx.DistributedOptimizer(torch.optim.LBFGS([torch.zeros(2, requires_grad=True)]))

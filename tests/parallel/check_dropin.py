@@ -229,3 +229,51 @@ def test_a_process_set_exchanges_among_its_own_ranks():
         optimizer.synchronize()
         assert all(torch.equal(p.grad, expected[n].view(p.shape)) for n, p in model.named_parameters())
     hvd.remove_process_set(pair)
+
+
+def test_adasum_is_refused():
+    if not hvd.mpi_enabled() or RANKS & (RANKS - 1):
+        pytest.skip("Horovod's Adasum on a CPU needs MPI and a power of two of ranks")
+    compressor = hvd_qgenx.Compression.qgenx(bits=4)
+    adasum = lambda: hvd.allreduce(torch.ones(3000), name="adasum", op=hvd.Adasum, compression=compressor)  # noqa: E731
+    assert "op must be hvd.Average or hvd.Sum" in message_on_all_ranks(ValueError, adasum)
+
+
+def test_two_compressors_used_in_another_order_are_not_mixed():
+    compressors = [hvd_qgenx.Compression.qgenx(levels="uniform", seed=seed) for seed in (1, 1)]
+    order = compressors if hvd.rank() != 1 else compressors[::-1]
+    kept = [compressor.compress(torch.ones(3000)) for compressor in compressors]
+    tokens = [hvd.allreduce(token, name=f"order.{i}") for i, (token, _) in enumerate(kept)]
+    index = compressors.index(order[0])
+    message = message_on_all_ranks(RuntimeError, lambda: order[0].decompress(tokens[index], kept[index][1]))
+    assert message.startswith("ranks use different optimizers or compressors: rank 0 the ")
+
+
+def test_tensors_taken_after_other_exchanges_are_not_mixed():
+    """Rank 0 keeps two tensors and takes both, the others take each at once: the second ones are in other exchanges."""
+    compressor = hvd_qgenx.Compression.qgenx(levels="uniform")
+    first = compressor.compress(torch.ones(3000))
+    second = compressor.compress(torch.full((3000,), 100.0)) if hvd.rank() == 0 else None
+    compressor.decompress(hvd.allreduce(first[0], name="first"), first[1])
+    if hvd.rank() != 0:
+        second = compressor.compress(torch.full((3000,), 100.0))
+    token = hvd.allreduce(second[0], name="second")
+    if hvd.rank() == 0:
+        with pytest.raises(RuntimeError, match=r"ranks disagree on the coordinates of one tensor: .*rank 1 has none"):
+            compressor.decompress(token, second[1])
+
+
+def test_no_compression_on_one_rank_is_an_error_on_the_others():
+    compression = hvd_qgenx.Compression.none if hvd.rank() == 0 else hvd_qgenx.Compression.qgenx(bits=4)
+    gradient = torch.ones(2 + RANKS)  # as long as a token
+    try:
+        hvd.allreduce(gradient, name="mixture", compression=compression)
+        error = "no error"
+    except (ValueError, RuntimeError) as raised:
+        error = str(raised)
+    assert all("with the same compression on all ranks" in other for other in gathered(error)[1:])
+
+
+def test_a_tensor_that_requires_a_gradient_is_refused():
+    with pytest.raises(ValueError, match="gradient must not require a gradient itself"):
+        hvd_qgenx.Compression.qgenx.compress(torch.ones(4, requires_grad=True))

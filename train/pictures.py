@@ -1,0 +1,35 @@
+"""Pictures of a run: grids of images, and curves drawn from its metrics.jsonl."""
+import json
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
+    """Writes float images (rows * columns, 3, height, width) in [-1, 1] as one PNG, row by row."""
+    count, channels, height, width = images.shape
+    grid = images.detach().cpu().clamp(-1, 1).add(1).mul(127.5).round().byte()
+    grid = grid.view(count // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    Image.fromarray(grid.reshape(count // columns * height, columns * width, channels).numpy()).save(path)
+
+
+def save_curves(folder: Path) -> None:
+    """Writes curves.png from metrics.jsonl: both losses, and the bytes sent so far against those of float32."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    iterations = [row["iteration"] for row in rows]
+    figure, (losses, traffic) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name in ("loss_critic", "loss_generator"):
+        losses.plot(iterations, [row[name] for row in rows], label=name.replace("_", " "))
+    for name, label in (("bytes_float32", "as float32"), ("bytes_sent", "sent")):
+        traffic.plot(iterations, [row[name] / 1e6 for row in rows], label=label)
+    traffic.set_ylabel("MB handed to collectives by one rank")
+    for axes in (losses, traffic):
+        axes.set_xlabel("iteration")
+        axes.legend()
+    figure.savefig(folder / "curves.png", dpi=120)
+    pyplot.close(figure)
