@@ -157,6 +157,19 @@ def check_replicas(networks: list[nn.Module], iteration: int) -> None:
 # ---- what rank 0 writes ------------------------------------------------------------------------------------------
 
 
+class Lines:
+    """Where the progress bar writes. Under horovodrun that is a pipe which passes on whole lines only, so each state of
+    the bar becomes a line; no guess of a width, one line every five seconds.
+    """
+
+    def write(self, text: str) -> None:
+        if state := text.strip():
+            print(state, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 class Log:
     """The run's folder and the progress bar. On other ranks than 0 it does nothing."""
 
@@ -168,8 +181,8 @@ class Log:
         problem = self.open(config) if self.active else None
         if problem := hvd.broadcast_object(problem, 0, name="train.folder"):
             raise TrainingError(problem)
-        # Under horovodrun this is a pipe, not a terminal: one line every other second, and no guess of a width.
-        self.bar = tqdm(total=flags.iterations, disable=not self.active, mininterval=2, miniters=1, ascii=True,
+        self.bar = tqdm(total=flags.iterations, disable=not self.active, mininterval=5, miniters=1, ascii=True,
+                        file=Lines(),
                         bar_format="{percentage:3.0f}% {n}/{total} {elapsed}<{remaining} {rate_noinv_fmt} {postfix}")
 
     def open(self, config: dict) -> str | None:
