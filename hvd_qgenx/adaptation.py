@@ -12,7 +12,8 @@ from torch import Tensor
 from hvd_qgenx import reference
 from hvd_qgenx.checks import check_choice, check_integer, check_integers
 from hvd_qgenx.codec import Codec, Encoded
-from hvd_qgenx.levels import NUM_BINS, Distribution, Levels, num_positive
+from hvd_qgenx.distribution import NUM_BINS, Distribution
+from hvd_qgenx.levels import Levels, num_positive
 
 LEVELS = ("adaptive", "uniform", "exponential")
 NONFINITE = ("nan", "raise")

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvd_qgenx.levels import NUM_BINS, OCTAVES, Levels
+from hvd_qgenx.distribution import NUM_BINS, OCTAVES
+from hvd_qgenx.levels import Levels
 
 NORM_LANES = 16
 DRAW_BITS = 16
@@ -112,7 +113,7 @@ def dequantize(symbols: Tensor, norms: Tensor, bucket_of: Tensor, levels: Levels
 
 
 def histogram(u: Tensor, weights: Tensor) -> Tensor:
-    """int64[NUM_BINS]: the sum of the int64 ``weights`` of the magnitudes in each bin of ``levels.BIN_EDGES``."""
+    """int64[NUM_BINS]: the sum of the int64 ``weights`` of the magnitudes in each bin of ``distribution.BIN_EDGES``."""
     bins = (u.view(torch.int32) >> _FLOAT_SHIFT).long() - _FIRST_BIN + 1
     counts = torch.zeros(NUM_BINS, dtype=torch.int64)
     return counts.index_add_(0, bins.clamp_(0, NUM_BINS - 1), weights)

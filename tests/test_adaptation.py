@@ -5,7 +5,7 @@ import torch
 
 from hvd_qgenx import Codec, Key, Levels
 from hvd_qgenx.adaptation import Settings, Statistics, fit
-from hvd_qgenx.levels import NUM_BINS
+from hvd_qgenx.distribution import NUM_BINS
 
 
 def _statistics(vector, sizes=None, norm="l2"):

@@ -14,6 +14,7 @@ PACKAGE = Path(hvd_qgenx.__file__).parent
 #: Each room may import the rooms before it.
 ROOMS = [
     "checks",
+    "distribution",
     "levels",
     "reference",
     "quantize",
