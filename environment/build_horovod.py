@@ -318,15 +318,20 @@ def ensure_wheel(inputs, build=build):
         return find_wheel(entry)
 
 
-def main():
-    """Print the path of the wheel that fits this environment."""
+def run(action):
+    """Do `action`; what goes wrong foreseeably ends the program with its one sentence."""
     try:
-        print(ensure_wheel(key_inputs()))
+        action()
     except SetupError as error:
         sys.exit(f"set-up: {error}")
     except KeyboardInterrupt:
         sys.exit("set-up: interrupted")
 
 
+def main():
+    """Print the path of the wheel that fits this environment."""
+    print(ensure_wheel(key_inputs()))
+
+
 if __name__ == "__main__":
-    main()
+    run(main)

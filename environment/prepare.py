@@ -24,6 +24,7 @@ from build_horovod import (
     duration,
     errors_in,
     find_compiler,
+    run,
     run_logged,
     say,
 )
@@ -159,14 +160,9 @@ def main():
     """Prepare the environment unless it is ready."""
     os.environ.pop("PYTHONHOME", None)  # neither may lead .venv's Python elsewhere
     os.environ.pop("PYTHONPATH", None)
-    try:
-        if not is_ready():
-            prepare()
-    except SetupError as error:
-        sys.exit(f"set-up: {error}")
-    except KeyboardInterrupt:
-        sys.exit("set-up: interrupted")
+    if not is_ready():
+        prepare()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -55,7 +55,7 @@ class Codebook:
 
     def encode(self, symbols: Tensor, buckets: Buckets) -> tuple[Tensor, Tensor]:
         """Bytes uint8[m] of all buckets, each starting a new byte, and their lengths in bytes, int64[B]."""
-        planes = self._fixed_planes(symbols, buckets) if self.width else self._tree_planes(symbols)
+        planes = self._fixed_planes(symbols) if self.width else self._tree_planes(symbols)
         return _write(planes, buckets)
 
     def decode(self, packed: Tensor, byte_lengths: Tensor, buckets: Buckets) -> Tensor:
@@ -64,10 +64,6 @@ class Codebook:
         symbols = self._read_fixed(reader, buckets) if self.width else self._read_tree(reader, buckets)
         reader.finish()
         return symbols
-
-    def fixed_byte_lengths(self, buckets: Buckets) -> Tensor:
-        """int64[B]: the bytes of every bucket under the fixed code."""
-        return (buckets.lengths * self.width + 7) // 8
 
     def _tree_planes(self, symbols: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(elements, bits) of each node, then of the signs."""
@@ -105,7 +101,7 @@ class Codebook:
         symbols[nonzero[negative]] *= -1
         return symbols
 
-    def _fixed_planes(self, symbols: Tensor, buckets: Buckets) -> list[tuple[Tensor, Tensor]]:
+    def _fixed_planes(self, symbols: Tensor) -> list[tuple[Tensor, Tensor]]:
         """One plane, in which each element has all its bits in turn, lowest first."""
         elements = torch.arange(len(symbols)).repeat_interleave(self.width)
         codes = symbols.long() + len(self.words) - 1
@@ -173,11 +169,16 @@ def codebook(coder: str, num_levels: int, counts: Sequence[int] | None = None) -
     check_choice("coder", coder, CODERS)
     magnitudes = range(num_levels + 1)
     if coder == "fixed":
-        return Codebook(("",) * (num_levels + 1), width=(2 * num_levels).bit_length())
+        return Codebook(("",) * (num_levels + 1), width=fixed_width(num_levels))
     if coder == "huffman":
         return Codebook(canonical_words(huffman_lengths(counts)))
     elias = {"elias_gamma": elias_gamma, "elias_delta": elias_delta, "elias_omega": elias_omega}[coder]
     return Codebook(tuple(elias(magnitude + 1) for magnitude in magnitudes))
+
+
+def fixed_width(num_levels: int) -> int:
+    """Bits that name 2 num_levels + 1 symbols."""
+    return (2 * num_levels).bit_length()
 
 
 def elias_gamma(n: int) -> str:

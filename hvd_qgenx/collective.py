@@ -112,12 +112,12 @@ class Group:
     def rank(self) -> int:
         return self.process_set.rank()
 
-    def gather(self, message: Tensor, name: str) -> list[Tensor]:
+    def gather(self, message: Tensor) -> list[Tensor]:
         """All ranks' messages, in rank order; each starts with its length in 8 bytes."""
         padded = torch.zeros(size_class(len(message)), dtype=torch.uint8)
         padded[: len(message)] = message
         padded = self.communication.count(padded)
-        handle = hvd.allgather_async(padded, name=f"hvd_qgenx.{name}", process_set=self.process_set)
+        handle = hvd.allgather_async(padded, name="hvd_qgenx.exchange", process_set=self.process_set)
         return _split(_finish(handle))
 
     def allreduce(self, vector: Tensor, op, predivide: float) -> Tensor:
@@ -132,9 +132,9 @@ class Group:
         )
         return _finish(handle)
 
-    def gather_records(self, record: Record, body: Tensor, name: str) -> tuple[list[Record], list[Tensor]]:
+    def gather_records(self, record: Record, body: Tensor) -> tuple[list[Record], list[Tensor]]:
         """All ranks' records and bodies. Raises DisagreementError if they are not at the same exchange."""
-        pairs = [Record.unpack(message) for message in self.gather(record.pack(body), name)]
+        pairs = [Record.unpack(message) for message in self.gather(record.pack(body))]
         for rank, (other, _) in enumerate(pairs):
             _compare_records(pairs[0][0], other, rank)
         return [record for record, _ in pairs], [body for _, body in pairs]
@@ -142,7 +142,7 @@ class Group:
     def agree(self, lines: Sequence[str]) -> None:
         """Compares a description, line by line, with those of all ranks."""
         body = torch.frombuffer(bytearray("\n".join(lines).encode()), dtype=torch.uint8)
-        _, bodies = self.gather_records(Record(self.communication.number, 0, "agreement"), body, "exchange")
+        _, bodies = self.gather_records(Record(self.communication.number, 0, "agreement"), body)
         texts = [bytes(body.numpy()).decode().split("\n") for body in bodies]
         for rank, other in enumerate(texts):
             _compare(texts[0], other, rank)

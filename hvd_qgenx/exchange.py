@@ -95,7 +95,7 @@ class Exchange:
     def refuse(self) -> None:
         """Takes the place of an exchange on a rank that cannot make it, so that the others learn it and do not wait."""
         with contextlib.suppress(DisagreementError):
-            self.group.gather_records(self.record("refusal"), torch.zeros(0, dtype=torch.uint8), "exchange")
+            self.group.gather_records(self.record("refusal"), torch.zeros(0, dtype=torch.uint8))
 
     def check_finite(self, means: Sequence[Tensor | None], names: Sequence[str]) -> list[Tensor | None]:
         """The means, NaN throughout where one is not finite; warns once, or raises, naming those parameters."""
@@ -107,8 +107,7 @@ class Exchange:
         if self.nonfinite == "raise":
             raise FloatingPointError(message)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-        spoiled = [torch.full_like(m, torch.nan) if b else m for m, b in zip(means, broken, strict=True)]
-        return spoiled
+        return [torch.full_like(m, torch.nan) if b else m for m, b in zip(means, broken, strict=True)]
 
     def values(self, outgoing: Outgoing) -> list[Tensor | None]:
         """What the other ranks will see of this rank's tensors, as float vectors."""
@@ -169,7 +168,7 @@ class DenseExchange(Exchange):
         sizes = torch.tensor(outgoing.sizes, dtype=torch.int64)
         here = torch.tensor(outgoing.present, dtype=torch.int64)
         body = torch.stack((here, sizes)).view(torch.uint8).view(-1)
-        records, bodies = self.group.gather_records(self.record(stage, term), body, "exchange")
+        records, bodies = self.group.gather_records(self.record(stage, term), body)
         others = torch.stack([other.clone().view(torch.int64).view(2, -1) for other in bodies])
         present, common = others[:, 0].amax(dim=0).bool().tolist(), others[:, 1].amax(dim=0).tolist()
         mean = self._allreduce(self._filled(outgoing, common))
@@ -229,7 +228,7 @@ class PayloadExchange(Exchange):
     def _adapt(self, outgoing: Outgoing) -> None:
         encoded = self._quantize(outgoing)
         message = Statistics.measure(encoded.coded(outgoing.vector), encoded).to_message()
-        _, bodies = self.group.gather_records(self.record("adaptation"), message.view(torch.uint8), "exchange")
+        _, bodies = self.group.gather_records(self.record("adaptation"), message.view(torch.uint8))
         parts = [Statistics.from_message(body.clone().view(torch.int64)) for body in bodies]
         if fitted := fit(Statistics.merged(parts), self.settings.bits):
             self.codec = self.settings.codec(*fitted)
@@ -250,7 +249,7 @@ class PayloadExchange(Exchange):
     def gather(self, outgoing: Outgoing, record: Record) -> Gathered:
         """All ranks' records and payloads."""
         payload = self.codec.pack(outgoing.encoded, inline=False)
-        records, payloads = self.group.gather_records(record, payload, "exchange")
+        records, payloads = self.group.gather_records(record, payload)
         self.step += 1
         return Gathered(self.codec, records, payloads)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_qgenx.coders import CODERS, MAX_WORD, Codebook, CodeError, canonical_words, codebook
+from hvd_qgenx.coders import CODERS, MAX_WORD, Codebook, CodeError, canonical_words, codebook, fixed_width
 from hvd_qgenx.levels import NORMS, Levels
 from hvd_qgenx.quantize import Buckets, Key, Quantized
 from hvd_qgenx.reference import bucket_lengths
@@ -110,7 +110,7 @@ class Parsed:
     header: Header
     raw: Tensor
     norms: Tensor
-    byte_lengths: Tensor | None
+    byte_lengths: Tensor
     coded: Tensor
 
 
@@ -205,30 +205,28 @@ def _parse_sections(cursor: _Cursor, header: Header) -> Parsed:
     norms = cursor.take("norms", "<f4", num_buckets)
     _expect(not bool(np.isinf(raw).any()), "raw holds an infinite number")
     _expect(not bool(np.any((norms < 0) | np.isinf(norms))), "norms hold a negative or infinite number")
-    fixed = header.coder == "fixed"
-    byte_lengths = None if fixed else torch.from_numpy(cursor.take("lengths", "<u2", num_buckets).astype(np.int64))
+    byte_lengths = _byte_lengths(cursor, header, num_buckets)
     coded = cursor.rest()
-    _check_lengths(header, byte_lengths, len(coded))
+    total = int(byte_lengths.sum())
+    _expect(total == len(coded), f"lengths add up to {total} bytes, {len(coded)} are there")
     return Parsed(header, torch.from_numpy(raw.copy()), torch.from_numpy(norms.copy()), byte_lengths, coded)
 
 
-def _check_lengths(header: Header, byte_lengths: Tensor | None, coded: int) -> None:
-    """Every coordinate takes at least a bit, so what decoding allocates is bounded by the bytes that are there."""
+def _byte_lengths(cursor: _Cursor, header: Header, num_buckets: int) -> Tensor:
+    """int64[B]. Every coordinate takes at least a bit, so the bytes that are there bound what decoding allocates."""
     lengths = bucket_lengths(header.coded_sizes, header.bucket_size)
-    if byte_lengths is None:
-        needed = int(((lengths * (2 * header.num_levels).bit_length() + 7) // 8).sum())
-        _expect(coded == needed, f"coded has {coded} bytes, its buckets need {needed}")
-        return
-    total = int(byte_lengths.sum())
-    _expect(total == coded, f"lengths add up to {total} bytes, {coded} are there")
+    if header.coder == "fixed":
+        byte_lengths = (lengths * fixed_width(header.num_levels) + 7) // 8
+    else:
+        byte_lengths = torch.from_numpy(cursor.take("lengths", "<u2", num_buckets).astype(np.int64))
     _expect(bool((8 * byte_lengths >= lengths).all()), "lengths hold less than a bit for each coordinate")
+    return byte_lengths
 
 
 def decode_symbols(parsed: Parsed, words: Codebook, buckets: Buckets) -> Tensor:
     """Symbols int8[n] of the coded segments."""
-    byte_lengths = words.fixed_byte_lengths(buckets) if words.width else parsed.byte_lengths
     try:
-        return words.decode(parsed.coded, byte_lengths, buckets)
+        return words.decode(parsed.coded, parsed.byte_lengths, buckets)
     except CodeError as error:
         raise PayloadError(f"payload: coded: {error}") from None
 

@@ -22,6 +22,13 @@ def test_receivers_decode_what_the_sender_drew(coder, norm, bits):
         assert torch.equal(codec.decode_mean([payload], numel), codec.dequantize(codec.quantize(vector, key, (numel,))))
 
 
+def test_a_large_vector_survives():
+    codec, numel = Codec(Levels.exponential(4)), 3_000_001
+    vector = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+    decoded = codec.decode_mean([codec.encode(vector, Key(0, 0, 0))], numel)
+    assert torch.equal(decoded, codec.dequantize(codec.quantize(vector, Key(0, 0, 0), (numel,))))
+
+
 def test_the_mean_is_the_float32_sum_in_order_divided_by_the_count():
     codec = Codec(Levels.uniform(4))
     vectors = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))

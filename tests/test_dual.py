@@ -4,33 +4,17 @@ import copy
 
 import pytest
 import torch
+from bilinear import game, iterate
 
 from hvd_qgenx import QGenX
 
 METHODS = ["dual_averaging", "dual_extrapolation", "optimistic"]
 
 
-def _game():
-    x, y = (torch.tensor([1.0], dtype=torch.float64, requires_grad=True) for _ in range(2))
-
-    def gradients():
-        x.grad, y.grad = y.detach().clone(), -x.detach().clone()
-
-    return x, y, gradients
-
-
-def _iterate(optimizer, gradients, count=1):
-    for _ in range(count):
-        gradients()
-        optimizer.extrapolation()
-        gradients()
-        optimizer.step()
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_two_iterations_by_hand(method):
     """The update rule written out in plain numbers."""
-    x, y, gradients = _game()
+    x, y, gradients = game()
     optimizer = QGenX([x, y], method=method, step_scale=0.5)
     start, dual, point, total, last = [1.0, 1.0], [0.0, 0.0], [1.0, 1.0], 0.0, [0.0, 0.0]
     for _ in range(2):
@@ -51,14 +35,14 @@ def test_two_iterations_by_hand(method):
 
 @pytest.mark.parametrize("method", ["dual_extrapolation", "optimistic"])
 def test_it_converges_without_a_learning_rate(method):
-    x, y, gradients = _game()
-    _iterate(QGenX([x, y], method=method), gradients, 3000)
+    x, y, gradients = game()
+    iterate(QGenX([x, y], method=method), gradients, 3000)
     assert abs(x.item()) + abs(y.item()) < 1e-2
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_closure_is_evaluated_as_often_as_the_method_needs(method):
-    x, y, gradients = _game()
+    x, y, gradients = game()
     calls = []
     optimizer = QGenX([x, y], method=method)
     optimizer.step(lambda: calls.append(gradients()))
@@ -68,13 +52,13 @@ def test_a_closure_is_evaluated_as_often_as_the_method_needs(method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("halfway", [False, True])
 def test_a_checkpoint_continues_bit_exactly(method, halfway):
-    x, y, gradients = _game()
+    x, y, gradients = game()
     optimizer = QGenX([x, y], method=method)
-    _iterate(optimizer, gradients, 2)
+    iterate(optimizer, gradients, 2)
     if halfway:
         gradients()
         optimizer.extrapolation()
-    u, v, others = _game()
+    u, v, others = game()
     with torch.no_grad():
         u.copy_(x)
         v.copy_(y)
@@ -84,7 +68,7 @@ def test_a_checkpoint_continues_bit_exactly(method, halfway):
         if halfway:
             make()
             rule.step()
-        _iterate(rule, make, 2)
+        iterate(rule, make, 2)
     assert torch.equal(u, x) and torch.equal(v, y) and resumed.gamma == optimizer.gamma
 
 

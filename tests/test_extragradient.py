@@ -4,30 +4,13 @@ import copy
 
 import pytest
 import torch
+from bilinear import game, iterate
 
 from hvd_qgenx import ExtraAdam, ExtraGradient, ExtraSGD
 
 
-def _game():
-    """min_x max_y x y, from (1, 1), as one operator: g = (y, -x)."""
-    x, y = (torch.tensor([1.0], dtype=torch.float64, requires_grad=True) for _ in range(2))
-
-    def gradients():
-        x.grad, y.grad = y.detach().clone(), -x.detach().clone()
-
-    return x, y, gradients
-
-
-def _half_steps(optimizer, gradients, count=1):
-    for _ in range(count):
-        gradients()
-        optimizer.extrapolation()
-        gradients()
-        optimizer.step()
-
-
 def test_two_iterations_of_extra_sgd_by_hand():
-    x, y, gradients = _game()
+    x, y, gradients = game()
     optimizer = ExtraSGD([x, y], lr=0.5)
     gradients()
     optimizer.extrapolation()
@@ -46,7 +29,7 @@ def test_two_iterations_of_extra_sgd_by_hand():
 def test_two_iterations_of_extra_adam_by_hand():
     """Written out: moments and count advance in both half-steps; both moves start from the same point."""
     lr, (b1, b2), eps = 0.1, (0.5, 0.9), 1e-8
-    x, y, gradients = _game()
+    x, y, gradients = game()
     optimizer = ExtraAdam([x, y], lr=lr, betas=(b1, b2))
     point, m, v, count = [1.0, 1.0], [0.0, 0.0], [0.0, 0.0], 0
 
@@ -72,10 +55,10 @@ def test_two_iterations_of_extra_adam_by_hand():
 
 
 def test_extra_sgd_converges_on_the_bilinear_game_where_sgd_diverges():
-    x, y, gradients = _game()
-    _half_steps(ExtraSGD([x, y], lr=0.3), gradients, 400)
+    x, y, gradients = game()
+    iterate(ExtraSGD([x, y], lr=0.3), gradients, 400)
     assert abs(x.item()) + abs(y.item()) < 1e-6
-    x, y, gradients = _game()
+    x, y, gradients = game()
     plain = torch.optim.SGD([x, y], lr=0.3)
     for _ in range(400):
         gradients()
@@ -98,9 +81,9 @@ BASES = {
 @pytest.mark.parametrize("base", BASES)
 def test_any_optimizer_extrapolates(base):
     """Beside the same optimizer driven by hand: move, keep the point, move again, put the second move on the start."""
-    x, y, gradients = _game()
-    _half_steps(ExtraGradient(BASES[base]([x, y])), gradients, 20)
-    u, v, others = _game()
+    x, y, gradients = game()
+    iterate(ExtraGradient(BASES[base]([x, y])), gradients, 20)
+    u, v, others = game()
     rule = BASES[base]([u, v])
     for _ in range(20):
         points = []
@@ -115,14 +98,14 @@ def test_any_optimizer_extrapolates(base):
 
 
 def test_weight_decay_is_part_of_the_operator():
-    x, y, gradients = _game()
-    _half_steps(ExtraSGD([x, y], lr=0.5, weight_decay=1.0), gradients)
+    x, y, gradients = game()
+    iterate(ExtraSGD([x, y], lr=0.5, weight_decay=1.0), gradients)
     # g = (y + x, y - x): half-step (1 - 0.5 * 2, 1 - 0.5 * 0) = (0, 1), then (1 - 0.5 * 1, 1 - 0.5 * 1).
     assert (x.item(), y.item()) == (0.5, 0.5)
 
 
 def test_a_closure_is_evaluated_at_both_points():
-    x, y, gradients = _game()
+    x, y, gradients = game()
     seen = []
 
     def closure():
@@ -137,10 +120,10 @@ def test_a_closure_is_evaluated_at_both_points():
 
 @pytest.mark.parametrize("make", [ExtraSGD, ExtraAdam])
 @pytest.mark.parametrize("halfway", [False, True])
-def test_a_checkpoint_continues_bit_exactly_also_between_the_half_steps(make, halfway):
-    x, y, gradients = _game()
+def test_a_checkpoint_continues_bit_exactly_also_between_theiterate(make, halfway):
+    x, y, gradients = game()
     optimizer = make([x, y], lr=0.1)
-    _half_steps(optimizer, gradients, 3)
+    iterate(optimizer, gradients, 3)
     if halfway:
         gradients()
         optimizer.extrapolation()
@@ -150,10 +133,10 @@ def test_a_checkpoint_continues_bit_exactly_also_between_the_half_steps(make, ha
         if halfway:
             gradients()
             optimizer.step()
-        _half_steps(optimizer, gradients, 3)
+        iterate(optimizer, gradients, 3)
 
     finish(optimizer, gradients)
-    u, v, others = _game()
+    u, v, others = game()
     with torch.no_grad():
         u.copy_(saved[0])
         v.copy_(saved[1])
@@ -164,9 +147,9 @@ def test_a_checkpoint_continues_bit_exactly_also_between_the_half_steps(make, ha
 
 
 def test_a_parameter_without_gradient_stays_and_its_old_anchor_is_forgotten():
-    x, y, gradients = _game()
+    x, y, gradients = game()
     optimizer = ExtraSGD([x, y], lr=0.5)
-    _half_steps(optimizer, gradients, 2)
+    iterate(optimizer, gradients, 2)
     with torch.no_grad():
         y.fill_(5.0)  # moved by somebody else
     for half_step in (optimizer.extrapolation, optimizer.step):
@@ -177,7 +160,7 @@ def test_a_parameter_without_gradient_stays_and_its_old_anchor_is_forgotten():
 
 
 def test_a_second_extrapolation_moves_on_and_step_starts_from_the_first_point():
-    x, y, gradients = _game()
+    x, y, gradients = game()
     optimizer = ExtraSGD([x, y], lr=0.5)
     for half_step in (optimizer.extrapolation, optimizer.extrapolation, optimizer.step):
         gradients()
@@ -204,18 +187,18 @@ def test_a_wrong_learning_rate_is_refused(make, lr):
 
 
 def test_groups_added_later_take_part():
-    x, y, gradients = _game()
+    x, y, gradients = game()
     optimizer = ExtraSGD([x], lr=0.5)
     optimizer.add_param_group({"params": [y], "lr": 0.5})
-    _half_steps(optimizer, gradients)
+    iterate(optimizer, gradients)
     assert (x.item(), y.item()) == (0.25, 1.25)
 
 
 def test_schedulers_and_the_wrapped_optimizer_see_the_same_groups():
-    x, y, gradients = _game()
+    x, y, gradients = game()
     optimizer = ExtraSGD([x, y], lr=0.5)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    _half_steps(optimizer, gradients)
+    iterate(optimizer, gradients)
     scheduler.step()
     assert optimizer.optimizer.param_groups[0]["lr"] == 0.25
 
@@ -227,7 +210,7 @@ def test_a_base_that_does_not_make_one_move_a_step_is_refused(base):
 
 
 def test_a_closure_at_the_extrapolated_point_is_refused():
-    x, y, gradients = _game()
+    x, y, gradients = game()
     optimizer = ExtraSGD([x, y], lr=0.5)
     gradients()
     optimizer.extrapolation()

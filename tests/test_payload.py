@@ -2,7 +2,6 @@
 
 import json
 import struct
-import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from hvd_qgenx import Codec, Key, Levels, PayloadError
 from hvd_qgenx.coders import CODERS
 from hvd_qgenx.payload import parse
+from hvd_qgenx.quantize import Buckets
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -99,7 +99,8 @@ def test_a_payload_with_a_right_checksum_and_wrong_content_is_refused_or_finite(
         decoded = codec.decode_mean([_signed(bytes(content))], numel=200)
     except PayloadError:
         return
-    assert decoded.shape == (200,)
+    # A norm or a raw value may have become NaN, which is legitimate; nothing can become infinite.
+    assert decoded.shape == (200,) and not decoded.isinf().any()
 
 
 def test_numel_is_checked_before_anything_else_is_read():
@@ -136,15 +137,16 @@ def _hostile(sizes: bytes, norms: bytes, lengths: bytes, coded: bytes, numel: in
 
 
 @pytest.mark.parametrize("coder", [0, 4])
-def test_few_bytes_cannot_ask_for_much_memory(coder):
-    """A thousand buckets of 16384 coordinates without a bit of code: 1 GB, were it believed."""
+def test_few_bytes_cannot_ask_for_much_memory(monkeypatch, coder):
+    """A thousand buckets of 16384 coordinates without a bit of code: 1 GB, were it believed.
+
+    They are refused before anything of the size of the coordinates is made, which ``Buckets.cut`` is the first to do.
+    """
     numel, lengths = 1000 * 16384, b"" if coder == 0 else bytes(2000)
     payload = _hostile(struct.pack("<Q", numel), struct.pack("<f", 1.0) * 1000, lengths, b"", numel, coder)
-    tracemalloc.start()
-    with pytest.raises(PayloadError, match="coded has 0 bytes|lengths hold less than a bit for each coordinate"):
+    monkeypatch.setattr(Buckets, "cut", lambda *arguments: pytest.fail("it was believed"))
+    with pytest.raises(PayloadError, match="lengths (add up to .* bytes, 0 are there|hold less than a bit)"):
         Codec(Levels.uniform(2)).decode_mean([payload])
-    assert tracemalloc.get_traced_memory()[1] < 100 * len(payload)
-    tracemalloc.stop()
 
 
 def test_an_infinite_raw_value_is_refused():

@@ -128,6 +128,18 @@ def test_adaptive_levels_through_the_drop_in_agree():
     assert same_on_all_ranks(model.parameters())
 
 
+def test_the_compressor_is_usable_without_being_called():
+    model = network()
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), compression=hvd_qgenx.Compression.qgenx
+    )
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+    assert same_on_all_ranks(model.parameters())
+
+
 def test_clipping_between_synchronize_and_step():
     model = network()
     optimizer = hvd.DistributedOptimizer(
