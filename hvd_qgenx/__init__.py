@@ -1,8 +1,10 @@
 """hvd_qgenx: unbiased, adaptive, entropy-coded gradient exchange for Horovod, and distributed extra-gradient.
 
-Importable without Horovod; what needs it says so when it is used.
+Importable without Horovod; what needs it says so when it is used. ``hvd_qgenx.backend`` is the name of the codec's
+backend in use: "avx2" or "portable", the compiled core, or "reference", plain torch.
 """
 
+from hvd_qgenx import core
 from hvd_qgenx.codec import Codec
 from hvd_qgenx.compression import Compression
 from hvd_qgenx.dual import QGenX
@@ -27,6 +29,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
+    if name == "backend":
+        return core.backend.name
     if name != "DistributedOptimizer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from hvd_qgenx import exchange  # noqa: F401  says how to get Horovod, if it is not there

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from hvd_qgenx import reference
 from hvd_qgenx.checks import check_choice, check_integer, check_integers
-from hvd_qgenx.codec import Codec, Encoded
+from hvd_qgenx.codec import Codec
 from hvd_qgenx.distribution import NUM_BINS, Distribution
 from hvd_qgenx.levels import Levels, num_positive
 
 LEVELS = ("adaptive", "uniform", "exponential")
 NONFINITE = ("nan", "raise")
-_WEIGHT_BITS = 20  # the heaviest bucket of a rank weighs 2**19 to 2**20
 _NOTHING = -(2**15)  # exponent of statistics without weight
 _COUNT_SCALE = 2**20
 
@@ -92,17 +89,9 @@ class Statistics:
     plain: Tensor
 
     @classmethod
-    def measure(cls, vector: Tensor, encoded: Encoded) -> Statistics:
-        """Of the coded part of a vector; buckets that are zero or not finite do not count."""
-        norms, buckets = encoded.quantized.norms, encoded.buckets
-        u = reference.magnitudes(vector, norms, buckets.bucket_of)
-        usable = norms.isfinite() & (norms > 0)
-        squares = torch.where(usable, norms.double().square(), 0.0)
-        heaviest = float(squares.max()) if len(squares) else 0.0
-        exponent = math.frexp(heaviest)[1] - _WEIGHT_BITS if heaviest > 0 else _NOTHING
-        weights = (squares * 2.0**-exponent).long() if heaviest > 0 else torch.zeros(len(squares), dtype=torch.int64)
-        owner = buckets.bucket_of
-        return cls(exponent, reference.histogram(u, weights[owner]), reference.histogram(u, usable.long()[owner]))
+    def measure(cls, codec: Codec, vector: Tensor, sizes: Sequence[int]) -> Statistics:
+        """Of the segments of a vector that are coded; buckets that are zero or not finite do not count."""
+        return cls(*codec.statistics(vector, sizes, _NOTHING))
 
     def to_message(self) -> Tensor:
         """int64[1 + 2 NUM_BINS]."""

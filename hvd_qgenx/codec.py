@@ -11,13 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvd_qgenx import core
 from hvd_qgenx import payload as wire
-from hvd_qgenx import reference
 from hvd_qgenx.checks import check_choice, check_integer, check_integers, check_type
 from hvd_qgenx.coders import CODERS, Codebook, codebook
 from hvd_qgenx.levels import NORMS, Levels
 from hvd_qgenx.payload import MAX_BUCKET_SIZE, ROUNDINGS, PayloadError
-from hvd_qgenx.quantize import Buckets, Key, Quantized, as_vector, dequantize, quantize
+from hvd_qgenx.quantize import (
+    Buckets,
+    Key,
+    Quantized,
+    as_vector,
+    bucket_norms,
+    dequantize,
+    quantize,
+    weighted_histograms,
+)
 
 _COUNT_SCALE = 2**20
 
@@ -31,10 +40,6 @@ class Encoded:
     quantized: Quantized
     raw: Tensor
 
-    def coded(self, vector: Tensor) -> Tensor:
-        """The part of a vector cut like this one that is coded, not raw."""
-        return vector[_coded_mask(self.header)]
-
 
 @dataclass(frozen=True)
 class Codec:
@@ -42,7 +47,9 @@ class Codec:
 
     Args:
         levels: positive levels, ``Levels``.
-        coder: "huffman", "elias_gamma", "elias_delta", "elias_omega" or "fixed".
+        coder: "huffman", "elias_gamma", "elias_delta", "elias_omega", "elias_runs" or "fixed". "elias_runs" is QSGD's:
+            Elias omega of the gaps between non-zeros and of their levels. "huffman" codes zeros as runs (Golomb-Rice)
+            where the counts say that more than four in five are zeros, else by words of their own.
         bucket_size: coordinates that share a norm, 1 to 16384.
         norm: "l2" or "linf".
         rounding: "stochastic".
@@ -113,7 +120,8 @@ class Codec:
         if book.width:
             return 32.0 * buckets + book.width * numel
         words = enumerate(zip(probabilities, book.lengths, strict=True))
-        return 48.0 * buckets + numel * sum(p * (length + (m > 0)) for m, (p, length) in words)
+        bits = numel * sum(p * (length + (m > 0)) for m, (p, length) in words)
+        return 48.0 * buckets + bits + (book.run_bits(probabilities[0], self.bucket_size) * numel if book.runs else 0.0)
 
     def encode(
         self,
@@ -136,11 +144,28 @@ class Codec:
         """
         vector = as_vector(gradient)
         check_type("key", key, Key)
-        payload = self.pack(self.quantize(vector, key, _check_sizes(sizes, len(vector))), inline)
+        sizes = _check_sizes(sizes, len(vector))
+        if core.compiled():
+            return self._encode(vector, key, out, sizes, inline)
+        payload = self.pack(self.quantize(vector, key, sizes), inline)
         return payload if out is None else _into(out, payload)
 
+    def _encode(self, vector: Tensor, key: Key, out: Tensor | None, sizes: Sequence[int], inline: bool) -> Tensor:
+        bound = self.bound(len(vector), sizes)
+        room = torch.empty(bound, dtype=torch.uint8) if out is None else _check_out(out, bound)
+        payload = room[: core.encode(self._book, self._job(sizes, key, inline), vector, room)]
+        return payload.clone() if out is None else payload
+
+    @cached_property
+    def _book(self):
+        return core.book(CODERS.index(self.coder), self.levels.values, self.codebook.lengths, self.codebook_hash)
+
+    def _job(self, sizes: Sequence[int], key: Key, inline: bool = False):
+        norm, parts = NORMS.index(self.norm), (key.seed, key.step, key.rank, key.stream)
+        return core.job(sizes, self.min_numel, self.bucket_size, norm, parts, key.words, inline)
+
     def quantize(self, vector: Tensor, key: Key, sizes: Sequence[int]) -> Encoded:
-        """The first half of ``encode``: draws a symbol for every coordinate that is not raw."""
+        """The first half of ``encode``, in plain torch: draws a symbol for every coordinate that is not raw."""
         header = wire.Header(
             norm=self.norm,
             coder=self.coder,
@@ -151,14 +176,13 @@ class Codec:
             key=key,
             codebook=self.codebook_hash,
         )
-        is_coded = _coded_mask(header)
-        buckets = Buckets.cut(header.coded_sizes, self.bucket_size)
-        draw = reference.draws(key.words, len(vector))[is_coded]
-        quantized = quantize(vector[is_coded], buckets, self.levels, self.norm, draw)
+        is_coded = _coded_mask(header.sizes, header.min_numel)
+        buckets = Buckets.cut(header.sizes, self.bucket_size, self.min_numel)
+        quantized = quantize(vector[is_coded], buckets, self.levels, self.norm, key)
         return Encoded(header, buckets, quantized, _spoil_segments(vector[~is_coded], header))
 
     def pack(self, encoded: Encoded, inline: bool) -> Tensor:
-        """The second half of ``encode``: the bytes."""
+        """The second half of ``encode``, in plain torch: the bytes."""
         header = replace(encoded.header, inline=(self.levels, self.codebook) if inline else None)
         return wire.pack(header, self.codebook, encoded.raw, encoded.quantized, encoded.buckets)
 
@@ -180,20 +204,54 @@ class Codec:
         """
         if len(payloads) == 0:
             raise ValueError("payloads must hold at least one payload")
-        total = None
+        payloads = [wire.check_payload(payload) for payload in payloads]
+        if out is not None:
+            numel = len(_check_vector(out, numel))
+        if core.compiled():
+            return self._decode_mean(payloads, numel, out)
+        total = torch.zeros(wire.parse(payloads[0], numel).header.numel)
         for payload in payloads:
-            values = self._decode(payload, numel)
-            numel = len(values)
-            total = values if total is None else total.add_(values)
+            total.add_(self._decode(payload, len(total)))
         total.div_(len(payloads))
-        return total if out is None else _into_vector(out, total)
+        return total if out is None else out.copy_(total)
+
+    def _decode_mean(self, payloads: Sequence[Tensor], numel: int | None, out: Tensor | None) -> Tensor:
+        try:
+            if out is None:
+                out = torch.empty(core.parse(payloads[0], numel))
+            core.decode_mean(self._book, payloads, out)
+        except core.CoreError as error:
+            raise PayloadError(f"payload: {error}") from None
+        return out
+
+    def sizes_of(self, payload: Tensor, numel: int | None = None) -> tuple[int, ...]:
+        """The coordinates of each segment of a payload, whose header and sections are checked first."""
+        payload = wire.check_payload(payload)
+        if not core.compiled():
+            return wire.parse(payload, numel).header.sizes
+        try:
+            core.parse(payload, numel)
+        except core.CoreError as error:
+            raise PayloadError(f"payload: {error}") from None
+        return wire.read_sizes(payload)
 
     def _decode(self, payload: Tensor, numel: int | None) -> Tensor:
         parsed = wire.parse(payload, numel)
         levels, words = self._codebook_of(parsed.header)
-        buckets = Buckets.cut(parsed.header.coded_sizes, parsed.header.bucket_size)
+        buckets = Buckets.cut(parsed.header.sizes, parsed.header.bucket_size, parsed.header.min_numel)
         symbols = wire.decode_symbols(parsed, words, buckets)
         return _join(parsed.header, dequantize(Quantized(symbols, parsed.norms), buckets, levels), parsed.raw)
+
+    def statistics(self, vector: Tensor, sizes: Sequence[int], nothing: int) -> tuple[int, Tensor, Tensor]:
+        """Exponent, and the histograms ``weighted`` and ``plain`` of the coded segments, see ``adaptation.Statistics``.
+
+        A bucket weighs floor(norm^2 / 2**exponent), the heaviest 2**19 to 2**20. If all are zero it is ``nothing``.
+        """
+        if core.compiled():
+            return core.statistics(self._job(sizes, Key(0, 0, 0)), vector, nothing)
+        buckets = Buckets.cut(sizes, self.bucket_size, self.min_numel)
+        coded = vector[_coded_mask(sizes, self.min_numel)]
+        return weighted_histograms(coded, buckets, bucket_norms(coded, buckets, self.norm), nothing)
 
     def _codebook_of(self, header: wire.Header) -> tuple[Levels, Codebook]:
         if header.inline:
@@ -206,16 +264,16 @@ class Codec:
         return self.levels, self.codebook
 
 
-def _coded_mask(header: wire.Header) -> Tensor:
+def _coded_mask(sizes: Sequence[int], min_numel: int) -> Tensor:
     """bool[n]: which coordinates belong to segments that are coded."""
-    sizes = torch.tensor(header.sizes, dtype=torch.int64)
-    return torch.repeat_interleave(sizes >= header.min_numel, sizes)
+    sizes = torch.tensor(sizes, dtype=torch.int64)
+    return torch.repeat_interleave(sizes >= min_numel, sizes)
 
 
 def _join(header: wire.Header, coded: Tensor, raw: Tensor) -> Tensor:
     if len(raw) == 0:
         return coded
-    is_coded = _coded_mask(header)
+    is_coded = _coded_mask(header.sizes, header.min_numel)
     vector = torch.empty(header.numel)
     vector[is_coded], vector[~is_coded] = coded, raw
     return vector
@@ -243,13 +301,20 @@ def _check_sizes(sizes: Sequence[int] | None, numel: int) -> tuple[int, ...]:
     return sizes
 
 
+def _check_out(out: Tensor, least: int) -> Tensor:
+    fits = check_type("out", out, Tensor).dtype == torch.uint8 and out.dim() == 1 and out.is_contiguous()
+    if not fits or len(out) < least:
+        raise ValueError(f"out must be a contiguous 1-D uint8 tensor of at least bound(numel) bytes, {least} here")
+    return out
+
+
 def _into(out: Tensor, payload: Tensor) -> Tensor:
-    if check_type("out", out, Tensor).dtype != torch.uint8 or out.dim() != 1 or len(out) < len(payload):
-        raise ValueError(f"out must be a 1-D uint8 tensor of at least bound(numel) bytes, {len(payload)} here")
-    return out[: len(payload)].copy_(payload)
+    return _check_out(out, len(payload))[: len(payload)].copy_(payload)
 
 
-def _into_vector(out: Tensor, values: Tensor) -> Tensor:
-    if check_type("out", out, Tensor).dtype != torch.float32 or out.shape != values.shape:
-        raise ValueError(f"out must be float32 of shape ({len(values)},), got {out.dtype} {tuple(out.shape)}")
-    return out.copy_(values)
+def _check_vector(out: Tensor, numel: int | None) -> Tensor:
+    fits = check_type("out", out, Tensor).dtype == torch.float32 and out.dim() == 1 and out.is_contiguous()
+    if not fits or (numel is not None and len(out) != numel):
+        wanted = "a contiguous float32 vector" if numel is None else f"float32 of shape ({numel},)"
+        raise ValueError(f"out must be {wanted}, got {out.dtype} {tuple(out.shape)}")
+    return out

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx.adaptation import Settings, Statistics, fit
-from hvd_qgenx.codec import Codec, Encoded
+from hvd_qgenx.codec import Codec
 from hvd_qgenx.collective import DisagreementError, Group, Record, hvd
 from hvd_qgenx.levels import Levels
-from hvd_qgenx.payload import parse
-from hvd_qgenx.quantize import Key, as_vector
+from hvd_qgenx.quantize import Key, as_vector, squared_error
 from hvd_qgenx.traffic import Communication
 
 
@@ -33,7 +32,7 @@ class Outgoing:
     present: tuple[bool, ...]
     sizes: tuple[int, ...]  # of the present ones; 0 elsewhere
     vector: Tensor
-    encoded: Encoded | None = None
+    payload: Tensor | None = None
     decoded: Tensor | None = None
 
 
@@ -211,23 +210,21 @@ class PayloadExchange(Exchange):
             if self._is_due():
                 self._adapt(outgoing)
             self.iteration += 1
-        encoded = self._quantize(outgoing)
-        decoded = self.codec.dequantize(encoded)
+        payload = self.codec.encode(outgoing.vector, self._key(), sizes=outgoing.sizes, inline=False)
+        decoded = self.codec.decode_mean([payload], len(outgoing.vector))
         self._measure(outgoing.vector, decoded)
-        return Outgoing(outgoing.present, outgoing.sizes, outgoing.vector, encoded, decoded)
+        return Outgoing(outgoing.present, outgoing.sizes, outgoing.vector, payload, decoded)
 
     def _is_due(self) -> bool:
         """By the schedule, or because earlier gradients had nothing to fit to; then at ever longer intervals."""
         late = self.settings.levels == "adaptive" and self.version == 0 and 0 < self.first_fit_at <= self.iteration
         return late or self.settings.adapts(self.iteration)
 
-    def _quantize(self, outgoing: Outgoing) -> Encoded:
-        key = Key(self.settings.seed, hvd.rank(), self.step)
-        return self.codec.quantize(outgoing.vector, key, outgoing.sizes)
+    def _key(self) -> Key:
+        return Key(self.settings.seed, hvd.rank(), self.step)
 
     def _adapt(self, outgoing: Outgoing) -> None:
-        encoded = self._quantize(outgoing)
-        message = Statistics.measure(encoded.coded(outgoing.vector), encoded).to_message()
+        message = Statistics.measure(self.codec, outgoing.vector, outgoing.sizes).to_message()
         _, bodies = self.group.gather_records(self.record("adaptation"), message.view(torch.uint8))
         parts = [Statistics.from_message(body.clone().view(torch.int64)) for body in bodies]
         if fitted := fit(Statistics.merged(parts), self.settings.bits):
@@ -238,18 +235,16 @@ class PayloadExchange(Exchange):
             self.first_fit_at = 2 * self.iteration + 1
 
     def _measure(self, vector: Tensor, decoded: Tensor) -> None:
-        finite = torch.where(decoded.isfinite(), vector, 0.0).double()
-        error = torch.where(decoded.isfinite(), decoded, 0.0).double() - finite
-        self.communication.squared_error += float(error.square().sum())
-        self.communication.squared_norm += float(finite.square().sum())
+        error, norm = squared_error(vector, decoded)
+        self.communication.squared_error += error
+        self.communication.squared_norm += norm
 
     def values(self, outgoing: Outgoing) -> list[Tensor | None]:
         return _cut(outgoing.decoded, outgoing.sizes, outgoing.present)
 
     def gather(self, outgoing: Outgoing, record: Record) -> Gathered:
         """All ranks' records and payloads."""
-        payload = self.codec.pack(outgoing.encoded, inline=False)
-        records, payloads = self.group.gather_records(record, payload)
+        records, payloads = self.group.gather_records(record, outgoing.payload)
         self.step += 1
         return Gathered(self.codec, records, payloads)
 
@@ -288,7 +283,7 @@ class Gathered:
 
     def __init__(self, codec: Codec, records: list[Record], payloads: list[Tensor]):
         self.codec, self.records, self.payloads = codec, records, payloads
-        self.sizes = [parse(payload).header.sizes for payload in payloads]
+        self.sizes = [codec.sizes_of(payload) for payload in payloads]
 
     @cached_property
     def fused(self) -> tuple[Tensor, ...]:

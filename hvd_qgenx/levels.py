@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -45,6 +46,8 @@ class Levels:
         rises = all(low < high for low, high in pairwise(rounded))
         if rounded[0] != 0.0 or rounded[-1] != 1.0 or not rises:
             raise ValueError(f"levels must rise strictly from 0 to 1 in float32, got {_shorten(rounded)}")
+        if min(high - low for low, high in pairwise(rounded)) < 2.0**-126:
+            raise ValueError(f"levels must rise by at least 2**-126, got {_shorten(rounded)}")
         object.__setattr__(self, "values", rounded)
 
     @classmethod
@@ -85,6 +88,11 @@ class Levels:
     def num_levels(self) -> int:
         """s, the number of positive levels."""
         return len(self.values) - 1
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether l_j = j / s for all j."""
+        return all(value == float(np.float32(j / self.num_levels)) for j, value in enumerate(self.values))
 
     def variance_bound(self, numel: int, norm: str = "l2") -> float:
         """eps_Q of Theorem 1: E||Q(v) - v||^2 <= eps_Q ||v||^2 for a bucket of ``numel`` coordinates.

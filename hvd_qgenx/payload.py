@@ -7,20 +7,19 @@ there before anything is allocated, and whatever does not fit raises PayloadErro
 from __future__ import annotations
 
 import struct
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_qgenx.coders import CODERS, MAX_WORD, Codebook, CodeError, canonical_words, codebook, fixed_width
-from hvd_qgenx.levels import NORMS, Levels
+from hvd_qgenx.coders import CODERS, MAX_WORD, Codebook, CodeError, codebook, fixed_width, huffman
+from hvd_qgenx.levels import MAX_LEVELS, NORMS, Levels
 from hvd_qgenx.quantize import Buckets, Key, Quantized
-from hvd_qgenx.reference import bucket_lengths
+from hvd_qgenx.reference import bucket_lengths, crc32c
 
 MAGIC = b"QGNX"
-VERSION = 1
+VERSION = 2
 MAX_BUCKET_SIZE = 16384  # 16 bits a symbol at most, so that a bucket's length in bytes fits 16 bits
 ROUNDINGS = ("stochastic",)
 _FIXED = struct.Struct("<4sHBBBBHQQIIIQQIIQ")
@@ -67,7 +66,7 @@ def bound(sizes: tuple[int, ...], min_numel: int, bucket_size: int, words: Codeb
     """Bytes of the largest payload; ``inline`` are those of a codebook that travels with it."""
     coded = [size for size in sizes if size >= min_numel]
     raw = sum(sizes) - sum(coded)
-    symbols = sum((min(bucket_size, size) * words.max_bits + 7) // 8 * -(-size // bucket_size) for size in coded)
+    symbols = sum(words.most_bytes(min(bucket_size, size)) * -(-size // bucket_size) for size in coded)
     buckets = sum(-(-size // bucket_size) for size in coded)
     return _FIXED.size + inline + 8 * len(sizes) + 4 * raw + 6 * buckets + symbols + _CHECKSUM.size
 
@@ -86,7 +85,7 @@ def pack(header: Header, words: Codebook, raw: Tensor, quantized: Quantized, buc
     tail = b"".join(section.tobytes() for section in [*sections, coded.numpy()])
     inline = _pack_inline(*header.inline) if header.inline else b""
     body = _pack_fixed(header, _FIXED.size + len(inline) + len(tail) + _CHECKSUM.size) + inline + tail
-    return torch.frombuffer(bytearray(body + _CHECKSUM.pack(zlib.crc32(body))), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(body + _CHECKSUM.pack(crc32c(body))), dtype=torch.uint8)
 
 
 def _pack_fixed(header: Header, size: int) -> bytes:
@@ -133,10 +132,23 @@ def parse(payload: Tensor, numel: int | None = None) -> Parsed:
     return _parse_sections(cursor, header)
 
 
-def _as_bytes(payload: Tensor) -> memoryview:
+def check_payload(payload: Tensor) -> Tensor:
+    """``payload``, contiguous and on the CPU, if it is a 1-D uint8 tensor."""
     if not isinstance(payload, Tensor) or payload.dtype != torch.uint8 or payload.dim() != 1:
         raise ValueError("payload must be a 1-D uint8 tensor")
-    data = memoryview(payload.detach().cpu().contiguous().numpy())
+    return payload.detach().cpu().contiguous()
+
+
+def read_sizes(payload: Tensor) -> tuple[int, ...]:
+    """The coordinates of each segment, of a payload that has been checked."""
+    data = memoryview(payload.numpy())
+    fields = dict(zip(_NAMES, _FIXED.unpack_from(data), strict=True))
+    inline = 5 * fields["num_levels"] + 1 if fields["flags"] & _INLINE else 0
+    return tuple(np.frombuffer(data, "<u8", fields["num_segments"], _FIXED.size + inline).tolist())
+
+
+def _as_bytes(payload: Tensor) -> memoryview:
+    data = memoryview(check_payload(payload).numpy())
     least = _FIXED.size + _CHECKSUM.size
     _expect(len(data) >= least, f"size is {len(data)} bytes, less than a header's {least}")
     return data
@@ -155,11 +167,12 @@ def _parse_fixed(data: memoryview) -> dict:
     _expect(fields["version"] == VERSION, f"version is {fields['version']}, this reader knows {VERSION}")
     _expect(fields["size"] == len(data), f"size is {fields['size']}, but {len(data)} bytes are there")
     (checksum,) = _CHECKSUM.unpack_from(data, len(data) - _CHECKSUM.size)
-    _expect(checksum == zlib.crc32(data[: -_CHECKSUM.size]), "checksum does not match the bytes")
+    _expect(checksum == crc32c(data[: -_CHECKSUM.size]), "checksum does not match the bytes")
     _expect(fields["flags"] in (0, _INLINE), f"flags are {fields['flags']}, only bit 0 is known")
     _expect(fields["reserved"] == 0, f"reserved is {fields['reserved']}, not zero")
     _expect(fields["norm"] < len(NORMS), f"norm is {fields['norm']}, unknown")
     _expect(fields["coder"] < len(CODERS), f"coder is {fields['coder']}, unknown")
+    _expect(1 <= fields["num_levels"] <= MAX_LEVELS, f"num_levels is {fields['num_levels']}")
     _expect(1 <= fields["bucket_size"] <= MAX_BUCKET_SIZE, f"bucket_size is {fields['bucket_size']}")
     return fields
 
@@ -172,8 +185,9 @@ def _parse_inline(cursor: _Cursor, fields: dict) -> tuple[Levels, Codebook]:
     try:
         levels = Levels((0.0, *values.tolist()))
         if coder == "huffman":
-            _expect(min(lengths) >= 1 and max(lengths) <= MAX_WORD, f"code lengths are not between 1 and {MAX_WORD}")
-            return levels, Codebook(canonical_words(lengths.tolist()))
+            words = huffman(_check_word_lengths(lengths.tolist()))
+            _expect(words.lengths == tuple(lengths.tolist()), "code lengths are not those of huffman")
+            return levels, words
         words = codebook(coder, count)
     except PayloadError:
         raise
@@ -181,6 +195,15 @@ def _parse_inline(cursor: _Cursor, fields: dict) -> tuple[Levels, Codebook]:
         raise PayloadError(f"payload: codebook: {error}") from None
     _expect(words.lengths == tuple(lengths.tolist()), f"code lengths are not those of {coder}")
     return levels, words
+
+
+def _check_word_lengths(lengths: list[int]) -> list[int]:
+    """Those of a Huffman code: zero stands for runs, in the first place, and for a word that is alone."""
+    first = 0 if lengths[0] else 1
+    alone = len(lengths) - first == 1
+    fit = all(length <= MAX_WORD and (length or alone) for length in lengths[first:])
+    _expect(fit, f"code lengths are not between 1 and {MAX_WORD}")
+    return lengths
 
 
 def _header(fields: dict, sizes: np.ndarray, inline: tuple[Levels, Codebook] | None) -> Header:
@@ -213,13 +236,12 @@ def _parse_sections(cursor: _Cursor, header: Header) -> Parsed:
 
 
 def _byte_lengths(cursor: _Cursor, header: Header, num_buckets: int) -> Tensor:
-    """int64[B]. Every coordinate takes at least a bit, so the bytes that are there bound what decoding allocates."""
+    """int64[B], bytes of each bucket's code words."""
     lengths = bucket_lengths(header.coded_sizes, header.bucket_size)
     if header.coder == "fixed":
         byte_lengths = (lengths * fixed_width(header.num_levels) + 7) // 8
     else:
         byte_lengths = torch.from_numpy(cursor.take("lengths", "<u2", num_buckets).astype(np.int64))
-    _expect(bool((8 * byte_lengths >= lengths).all()), "lengths hold less than a bit for each coordinate")
     return byte_lengths
 
 
@@ -239,7 +261,8 @@ class _Cursor:
 
     def take(self, field: str, dtype: str, count: int) -> np.ndarray:
         size = np.dtype(dtype).itemsize * count
-        _expect(size <= self.end - self.position, f"{field} need {size} bytes, {self.end - self.position} are left")
+        left, item = self.end - self.position, np.dtype(dtype).itemsize
+        _expect(size <= left, f"{field} need {count} items of {item} bytes, {left} bytes are left")
         section = np.frombuffer(self.data, dtype, count, self.position)
         self.position += size
         return section

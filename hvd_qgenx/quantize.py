@@ -1,18 +1,20 @@
-"""Norms and stochastic rounding of one vector, and its inverse. Only the reference backend exists so far."""
+"""Norms and stochastic rounding of one vector, and its inverse, in plain torch; the core does the same, fast."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hvd_qgenx import reference
+from hvd_qgenx import core, reference
 from hvd_qgenx.checks import check_integer
 from hvd_qgenx.levels import Levels
 
 _MASK_64 = 2**64 - 1
+_WEIGHT_BITS = 20  # the heaviest bucket of a vector weighs 2**19 to 2**20
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -61,13 +63,18 @@ class Buckets:
     lengths: Tensor
     bucket_of: Tensor
     segment_of: Tensor  # int64[B], the segment that each bucket belongs to
+    starts: Tensor  # int64[B], where each bucket begins in the vector
 
     @classmethod
-    def cut(cls, sizes: Sequence[int], bucket_size: int) -> Buckets:
-        lengths = reference.bucket_lengths(sizes, bucket_size)
-        per_segment = torch.tensor([-(-size // bucket_size) for size in sizes], dtype=torch.int64)
-        segment_of = torch.repeat_interleave(torch.arange(len(sizes)), per_segment)
-        return cls(lengths, torch.repeat_interleave(torch.arange(len(lengths)), lengths), segment_of)
+    def cut(cls, sizes: Sequence[int], bucket_size: int, min_numel: int = 0) -> Buckets:
+        """Segments of ``sizes`` coordinates; those of fewer than ``min_numel`` have no buckets."""
+        lengths = reference.bucket_lengths([size for size in sizes if size >= min_numel], bucket_size)
+        per_segment = [-(-size // bucket_size) if size >= min_numel else 0 for size in sizes]
+        segment_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(per_segment, dtype=torch.int64))
+        firsts = torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0)
+        within = [bucket_size * index for count in per_segment for index in range(count)]
+        starts = firsts[segment_of] + torch.tensor(within, dtype=torch.int64)
+        return cls(lengths, torch.repeat_interleave(torch.arange(len(lengths)), lengths), segment_of, starts)
 
 
 @dataclass(frozen=True)
@@ -102,14 +109,35 @@ def bucket_norms(vector: Tensor, buckets: Buckets, norm: str) -> Tensor:
     return torch.where(broken[buckets.segment_of], torch.nan, norms)
 
 
-def quantize(vector: Tensor, buckets: Buckets, levels: Levels, norm: str, draw: Tensor) -> Quantized:
+def quantize(vector: Tensor, buckets: Buckets, levels: Levels, norm: str, key: Key) -> Quantized:
     """Stochastic rounding of a float32 vector: symbol_i = sign(v_i) * (index of the level drawn for |v_i| / norm)."""
     norms = bucket_norms(vector, buckets, norm)
-    u = reference.magnitudes(vector, norms, buckets.bucket_of)
-    index = reference.round_to_levels(u, levels, draw)
+    draw = reference.draws(key.words, buckets.starts, buckets.lengths, reference.draw_bits(levels))
+    index = reference.round_to_levels(vector, norms, buckets.bucket_of, levels, draw)
     return Quantized(torch.where(vector < 0, -index, index).to(torch.int8), norms)
 
 
 def dequantize(quantized: Quantized, buckets: Buckets, levels: Levels) -> Tensor:
     """float32[n], the values that the symbols stand for."""
     return reference.dequantize(quantized.symbols, quantized.norms, buckets.bucket_of, levels)
+
+
+def weighted_histograms(vector: Tensor, buckets: Buckets, norms: Tensor, nothing: int) -> tuple[int, Tensor, Tensor]:
+    """(exponent, weighted, plain) of ``adaptation.Statistics``; a bucket weighs floor(norm^2 / 2**exponent)."""
+    usable = norms.isfinite() & (norms > 0)
+    squares = torch.where(usable, norms.double().square(), 0.0)
+    heaviest = float(squares.max()) if len(squares) else 0.0
+    exponent = math.frexp(heaviest)[1] - _WEIGHT_BITS if heaviest > 0 else nothing
+    weights = (squares * 2.0**-exponent).long() if heaviest > 0 else torch.zeros(len(squares), dtype=torch.int64)
+    u = reference.magnitudes(vector, norms, buckets.bucket_of)
+    weighted = reference.histogram(u, weights[buckets.bucket_of])
+    return exponent, weighted, reference.histogram(u, usable.long()[buckets.bucket_of])
+
+
+def squared_error(vector: Tensor, decoded: Tensor) -> tuple[float, float]:
+    """Sums of (decoded - vector)^2 and of vector^2, over the coordinates whose ``decoded`` is finite, in float64."""
+    if core.compiled():
+        return core.squared_error(vector, decoded)
+    finite = torch.where(decoded.isfinite(), vector, 0.0).double()
+    error = torch.where(decoded.isfinite(), decoded, 0.0).double() - finite
+    return float(error.square().sum()), float(finite.square().sum())

@@ -15,7 +15,6 @@ from hvd_qgenx.distribution import NUM_BINS, OCTAVES
 from hvd_qgenx.levels import Levels
 
 NORM_LANES = 16
-DRAW_BITS = 16
 _LOW_32 = 0xFFFFFFFF
 _FLOAT_SHIFT = 18  # leaves 5 bits of the mantissa: 32 bins to the octave
 _FIRST_BIN = (127 - OCTAVES) << 5  # what 2**-16 gives after that shift
@@ -66,18 +65,28 @@ def _round_up(values: Tensor) -> Tensor:
     return torch.where(rounded.double() < values, rounded.nextafter(torch.tensor(torch.inf)), rounded)
 
 
-def draws(words: tuple[int, int], numel: int) -> Tensor:
-    """int64[n] of 16-bit draws: a counter generator, so draw i is a function of the key's two 32-bit words and i.
+def draw_bits(levels: Levels) -> int:
+    """Bits of each draw: 16, or 15 above 63 levels, where a float32 product has no more behind its index."""
+    return 16 if levels.num_levels <= 63 else 15
 
-    Pairs of draws are the low and the high half of a 32-bit hash of i // 2, the mixer "lowbias32" (Wellons, 2018)
-    with one word added before it and the other in its middle.
+
+def draws(words: tuple[int, int], starts: Tensor, lengths: Tensor, bits: int) -> Tensor:
+    """int64[n] of draws of ``bits`` bits: a counter generator, a function of the key's two 32-bit words and the place.
+
+    In a bucket that begins at coordinate p of the vector, the elements i and i + 8 of every 16 share a 32-bit hash of
+    the counter p + 8 floor(i / 16) + i mod 8, one taking its low half, the other its high half. The hash is the mixer
+    "lowbias32" (Wellons, 2018) with one word added before it, the other in its middle. Counters of buckets are apart,
+    and beyond 2**32 coordinates the second word differs.
     """
-    x = torch.arange((numel + 1) // 2, dtype=torch.int64).add_(words[0]).bitwise_and_(_LOW_32)
+    bucket_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    i = torch.arange(len(bucket_of)) - (lengths.cumsum(0) - lengths)[bucket_of]
+    start = starts[bucket_of]
+    x = (start + 8 * (i // 16) + i % 8 + words[0]) & _LOW_32
     x = _multiply(x ^ (x >> 16), 0x7FEB352D)
-    x = ((x ^ (x >> 15)) + words[1]) & _LOW_32
+    x = ((x ^ (x >> 15)) + words[1] + _multiply(start >> 32, 0x9E3779B9)) & _LOW_32
     x = _multiply(x, 0x846CA68B)
     x = x ^ (x >> 16)
-    return torch.stack((x & 0xFFFF, x >> 16), dim=1).view(-1)[:numel]
+    return torch.where(i % 16 < 8, x & 0xFFFF, x >> 16) >> (16 - bits)
 
 
 def _multiply(x: Tensor, factor: int) -> Tensor:
@@ -86,23 +95,42 @@ def _multiply(x: Tensor, factor: int) -> Tensor:
     return (high + (x & 0xFFFF) * factor) & _LOW_32
 
 
-def magnitudes(vector: Tensor, norms: Tensor, bucket_of: Tensor) -> Tensor:
-    """float32[n]: u = |v_i| / norm in [0, 1]; 0 where the norm is zero or not finite."""
+def _scaled(vector: Tensor, norms: Tensor, bucket_of: Tensor, top: float) -> Tensor:
+    """float32[n]: min(|v_i| (top / norm), top); 0 where the norm is zero or not finite.
+
+    Where the norm is below 2**-100 or above 2**100, both are first multiplied by 2**100 or 2**-100, so that top / norm
+    is a normal number.
+    """
     usable = (norms > 0) & norms.isfinite()
-    u = vector.abs() / torch.where(usable, norms, 1.0)[bucket_of]
-    return torch.where(usable[bucket_of], u, 0.0)
+    norms = torch.where(usable, norms, 1.0)
+    scale = torch.where(norms < 2.0**-100, 2.0**100, torch.where(norms > 2.0**100, 2.0**-100, 1.0))
+    factor = top / (norms * scale)
+    magnitude = (vector.abs() * scale[bucket_of] * factor[bucket_of]).clamp_(max=top)
+    return torch.where(usable[bucket_of], magnitude, 0.0)
 
 
-def round_to_levels(u: Tensor, levels: Levels, draw: Tensor) -> Tensor:
+def magnitudes(vector: Tensor, norms: Tensor, bucket_of: Tensor) -> Tensor:
+    """float32[n]: u = min(|v_i| (1 / norm), 1); 0 where the norm is zero or not finite."""
+    return _scaled(vector, norms, bucket_of, 1.0)
+
+
+def round_to_levels(vector: Tensor, norms: Tensor, bucket_of: Tensor, levels: Levels, draw: Tensor) -> Tensor:
     """int64[n]: the index of l_{j+1} with probability (u - l_j) / (l_{j+1} - l_j), else of l_j.
 
-    The probability is rounded to a multiple of 2**-16 and compared with a 16-bit draw, so that E l = u to within
-    2**-17 of a gap. Source: Q-GenX, definition of Q_l.
+    The index is floor(phi(u) + draw / 2**b), where phi rises piecewise linearly with phi(l_j) = j and is rounded to
+    2**-b, b the bits of the draw. For evenly spaced levels phi is s u. E l = u to within 2**-b of a gap: half of that
+    is the rounding of phi, the rest bounds float32's own error, 2**-23 l_{j+1} / (l_{j+1} - l_j), where that ratio is
+    at most 63 (127 for b = 15). Source: Q-GenX, definition of Q_l.
     """
+    bits = draw_bits(levels)
+    if levels.is_uniform:
+        phi = _scaled(vector, norms, bucket_of, float(levels.num_levels << bits))
+        return (phi.round().long() + draw) >> bits
     table = torch.tensor(levels.values)
+    u = magnitudes(vector, norms, bucket_of)
     lower = (torch.searchsorted(table, u, right=True) - 1).clamp_(max=levels.num_levels - 1)
-    fraction = (u - table[lower]) / (table[lower + 1] - table[lower])
-    return lower + (draw < (fraction * 2**DRAW_BITS).round().long())
+    part = (u - table[lower]) * (1.0 / (table[1:] - table[:-1]))[lower] * 2.0**bits
+    return lower + ((part.round().long() + draw) >> bits)
 
 
 def dequantize(symbols: Tensor, norms: Tensor, bucket_of: Tensor, levels: Levels) -> Tensor:
@@ -129,3 +157,20 @@ def pack_bits(bits: Tensor) -> Tensor:
 def unpack_bits(packed: Tensor) -> Tensor:
     """uint8[8 m] of zeros and ones from uint8[m]."""
     return ((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).view(-1)
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C (Castagnoli) of bytes, as in RFC 3720."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = (crc >> 8) ^ _CRC_TABLE[(crc ^ byte) & 0xFF]
+    return crc ^ 0xFFFFFFFF
+
+
+def _crc_entry(crc: int) -> int:
+    for _ in range(8):
+        crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc
+
+
+_CRC_TABLE = [_crc_entry(byte) for byte in range(256)]

@@ -10,8 +10,7 @@ from hvd_qgenx.distribution import NUM_BINS
 
 def _statistics(vector, sizes=None, norm="l2"):
     codec = Codec(Levels.uniform(4), bucket_size=64, norm=norm)
-    encoded = codec.quantize(vector, Key(0, 0, 0), sizes or (len(vector),))
-    return Statistics.measure(vector, encoded)
+    return Statistics.measure(codec, vector, sizes or (len(vector),))
 
 
 def test_statistics_survive_their_message():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hvd_qgenx import Codec, Key, Levels
+from hvd_qgenx import Codec, Key, Levels, PayloadError
 from hvd_qgenx.coders import CODERS
 
 SIZES = [0, 1, 2, 31, 63, 64, 65, 1001, 20_000]
@@ -136,9 +136,11 @@ def test_what_is_no_dense_float_tensor_is_refused(gradient):
 def test_wrong_buffers_are_refused_by_name():
     codec, vector = Codec(Levels.uniform(4)), torch.ones(100)
     payload = codec.encode(vector, Key(0, 0, 0))
-    with pytest.raises(ValueError, match="out must be a 1-D uint8"):
+    with pytest.raises(ValueError, match="out must be a contiguous 1-D uint8"):
         codec.encode(vector, Key(0, 0, 0), out=torch.empty(3, dtype=torch.uint8))
     with pytest.raises(ValueError, match="out must be float32 of shape"):
+        codec.decode_mean([payload], numel=100, out=torch.empty(99))
+    with pytest.raises(PayloadError, match="numel is 100, expected 99"):
         codec.decode_mean([payload], out=torch.empty(99))
     with pytest.raises(ValueError, match="sizes must add up"):
         codec.encode(vector, Key(0, 0, 0), sizes=(50, 49))

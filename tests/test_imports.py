@@ -17,6 +17,7 @@ ROOMS = [
     "distribution",
     "levels",
     "reference",
+    "core",
     "quantize",
     "coders",
     "payload",

@@ -8,7 +8,7 @@ import torch
 
 from hvd_qgenx import Codec, Key, Levels
 from hvd_qgenx.adaptation import Statistics, fit
-from hvd_qgenx.coders import CODERS
+from hvd_qgenx.coders import CODERS, huffman_lengths
 
 DRAWS = {
     "normal": lambda n, g: torch.randn(n, generator=g),
@@ -95,22 +95,26 @@ def test_measured_variance_is_the_exact_one(table, norm):
 def test_theorem_2_bounds_the_measured_code_length(draw, norm):
     vector = _real_gradient() if draw == "real" else _draw(draw, 65536)
     d, size = len(vector), 1024
-    first = Codec(Levels.exponential(4), bucket_size=size, norm=norm).quantize(vector, Key(0, 0, 0), (d,))
-    levels, _ = fit(Statistics.measure(vector, first), 4)
+    first = Codec(Levels.exponential(4), bucket_size=size, norm=norm)
+    levels, _ = fit(Statistics.measure(first, vector, (d,)), 4)
     for table in (levels, Levels.uniform(4), Levels.exponential(4), Levels.uniform(2)):
         symbols = Codec(table, bucket_size=size, norm=norm).quantize(vector, Key(0, 0, 0), (d,)).quantized.symbols
         counts = torch.bincount(symbols.abs().long(), minlength=table.num_levels + 1).tolist()
         shares = [count / d for count in counts]
         codec = Codec(table, bucket_size=size, norm=norm, counts=counts)
         entropy = -sum(share * math.log2(share) for share in shares if share)
-        mean = sum(share * length for share, length in zip(shares, codec.codebook.lengths, strict=True))
+        mean = sum(share * length for share, length in zip(shares, huffman_lengths(counts), strict=True))
         assert entropy - 1e-9 <= mean < entropy + 1, "Huffman is within a bit of the entropy"
         buckets = -(-d // size)
         bound = 48 * buckets + (1 - shares[0]) * d + (entropy + 1) * d
         assert codec.expected_bits(d, shares) <= bound
         empty = len(codec.encode(torch.zeros(0), Key(0, 0, 0), inline=False))
         measured = 8 * (len(codec.encode(vector, Key(0, 0, 0), inline=False)) - empty)
-        assert 0 <= measured - codec.expected_bits(d, shares) <= 7 * buckets, "the shares are those of these symbols"
+        if codec.codebook.runs:
+            # Expected for zeros at random with one share in all buckets, which is not so: 0.991 to 1.010 measured.
+            assert measured == pytest.approx(codec.expected_bits(d, shares), rel=0.02)
+        else:
+            assert 0 <= measured - codec.expected_bits(d, shares) <= 7 * buckets, "the shares are these symbols' own"
         assert measured <= bound + 7 * buckets
 
 

@@ -1,0 +1,108 @@
+/* What is done to one bucket: its norm, rounding, code and the way back. Two paths fill this table. */
+#ifndef QGENX_KERNELS_H
+#define QGENX_KERNELS_H
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#include "code.h"
+
+namespace qgenx {
+
+constexpr int PAD = 64; /* elements behind every buffer that kernels may read or write in whole vectors */
+
+/* Memory that will be needed next, asked for line by line while there is other work. */
+struct Ahead {
+    const char *next = nullptr, *end = nullptr;
+
+    inline void lines(int count) {
+#if defined(__GNUC__)
+        for (; count > 0 && next < end; count--, next += 64) __builtin_prefetch(next, 1);
+#endif
+    }
+};
+
+/* Memory of one thread for buckets of up to `bucket` elements, never shared. */
+struct Scratch {
+    Ahead ahead;
+    int words; /* 64-bit masks that cover a bucket */
+    std::unique_ptr<int8_t[]> symbols;
+    std::unique_ptr<uint8_t[]> indices; /* of levels, the sign in bit 7 */
+    std::unique_ptr<uint16_t[]> positions;
+    std::unique_ptr<float[]> scaled;
+    std::unique_ptr<uint8_t[]> bytes;
+    std::unique_ptr<uint64_t[]> passing; /* [node][word]: elements whose code word begins with the node's prefix */
+    std::unique_ptr<uint64_t[]> planes;  /* [bit][word]: bits of the words, or of the indices */
+
+    Scratch(int bucket, int nodes)
+        : words((bucket + 63) / 64),
+          symbols(new int8_t[bucket + PAD]),
+          indices(new uint8_t[bucket + PAD]),
+          positions(new uint16_t[bucket + 1]),
+          scaled(new float[bucket + PAD]),
+          bytes(new uint8_t[size_t(bucket) * 18 / 8 + bucket / 8 + 3 * PAD]),
+          passing(new uint64_t[size_t(nodes > 0 ? nodes : 1) * words]),
+          planes(new uint64_t[size_t(18) * words]) {}
+};
+
+/* A bucket's place among the draws: where it begins in the vector, and the key. */
+struct Draws {
+    uint64_t position;
+    uint32_t words[2];
+};
+
+struct Kernels {
+    /* The norm; infinite or NaN if it, or a coordinate, is not finite. */
+    float (*norm)(uint32_t kind, const float *values, int n);
+    /* Symbols of a bucket whose norm is finite, and zeros behind them up to a multiple of 64. */
+    void (*round)(const Code &code, const float *values, int n, float norm, const Draws &draws, int8_t *symbols,
+                  Scratch &scratch);
+    /* The bytes of a bucket's code; `out` has room for most_bytes. */
+    int (*encode)(const Code &code, const int8_t *symbols, int n, uint8_t *out, Scratch &scratch);
+    /* Adds a bucket to `out`, or to zeros; returns NULL, or why these bytes are no code. */
+    const char *(*decode)(const Code &code, const uint8_t *bytes, int size, int n, float norm, float *out, bool add,
+                          Scratch &scratch);
+    /* Counts a bucket's magnitudes in QGENX_NUM_BINS bins. */
+    void (*histogram)(const float *values, int n, float norm, uint32_t *bins, Scratch &scratch);
+    /* CRC-32C of `size` bytes, going on from that of those before. */
+    uint32_t (*crc)(uint32_t crc, const uint8_t *data, uint64_t size);
+};
+
+const Kernels &portable_kernels();
+#if defined(__x86_64__) && defined(__GNUC__)
+#define QGENX_HAS_AVX2 1
+const Kernels &avx2_kernels();
+#endif
+
+/* ---- how rounding scales a bucket, the same on both paths -------------------------------------------------- */
+
+/* A power of two by which values and norm are multiplied first, so that 1 / norm is a normal number. */
+inline float scale_of(float norm) { return norm < 0x1p-100f ? 0x1p100f : norm > 0x1p100f ? 0x1p-100f : 1.0f; }
+
+/* ---- the CRC-32C of two pieces, from those of each --------------------------------------------------------- */
+
+constexpr uint32_t CRC_POLYNOMIAL = 0x82F63B78u; /* Castagnoli's, lowest bit first */
+
+inline uint32_t crc_multiply(uint32_t a, uint32_t b) {
+    uint32_t product = 0;
+    for (; a; a <<= 1) {
+        if (a & 0x80000000u) product ^= b;
+        b = (b >> 1) ^ ((b & 1) ? CRC_POLYNOMIAL : 0);
+    }
+    return product;
+}
+
+/* What `size` zero bytes make of a register: its product with x^(8 size). */
+inline uint32_t crc_shift(uint32_t crc, uint64_t size) {
+    uint32_t power = 0x00800000u; /* x^8 */
+    for (; size; size >>= 1) {
+        if (size & 1) crc = crc_multiply(power, crc);
+        power = crc_multiply(power, power);
+    }
+    return crc;
+}
+
+}  // namespace qgenx
+
+#endif

@@ -1,0 +1,193 @@
+#include "payload.h"
+
+#include <cmath>
+
+namespace qgenx {
+namespace {
+
+constexpr uint32_t NUM_CODERS = 6, NUM_NORMS = 2;
+
+bool is_inline(const uint8_t *data) { return data[6] & 1; }
+
+/* Takes sections one after another, never past the checksum. */
+struct Cursor {
+    const uint8_t *at, *end;
+
+    const uint8_t *take(const char *field, uint64_t count, uint64_t item, Failure &failure) {
+        uint64_t left = uint64_t(end - at);
+        if (count > left / item) {
+            failure.set(QGENX_BAD_PAYLOAD, "%s need %llu items of %llu bytes, %llu bytes are left", field,
+                        (unsigned long long)count, (unsigned long long)item, (unsigned long long)left);
+            return nullptr;
+        }
+        const uint8_t *section = at;
+        at += count * item;
+        return section;
+    }
+};
+
+#define REFUSE(condition, ...) \
+    if (condition) return failure.set(QGENX_BAD_PAYLOAD, __VA_ARGS__)
+
+int parse_fixed(const uint8_t *data, uint64_t size, int64_t expected, const Kernels &kernels, Failure &failure) {
+    REFUSE(size < HEADER + CHECKSUM, "size is %llu bytes, less than a header's %u", (unsigned long long)size,
+           HEADER + CHECKSUM);
+    REFUSE(memcmp(data, "QGNX", 4) != 0, "magic is not QGNX");
+    REFUSE(load<uint16_t>(data + 4) != VERSION, "version is %u, this reader knows %u", load<uint16_t>(data + 4),
+           VERSION);
+    REFUSE(load<uint64_t>(data + 12) != size, "size is %llu, but %llu bytes are there",
+           (unsigned long long)load<uint64_t>(data + 12), (unsigned long long)size);
+    REFUSE(load<uint32_t>(data + size - CHECKSUM) != kernels.crc(0, data, size - CHECKSUM),
+           "checksum does not match the bytes");
+    REFUSE(data[6] > 1, "flags are %u, only bit 0 is known", data[6]);
+    REFUSE(load<uint16_t>(data + 10) != 0, "reserved is %u, not zero", load<uint16_t>(data + 10));
+    REFUSE(data[7] >= NUM_NORMS, "norm is %u, unknown", data[7]);
+    REFUSE(data[8] >= NUM_CODERS, "coder is %u, unknown", data[8]);
+    REFUSE(data[9] < 1 || data[9] > QGENX_MAX_LEVELS, "num_levels is %u", data[9]);
+    uint32_t bucket_size = load<uint32_t>(data + 36);
+    REFUSE(bucket_size < 1 || bucket_size > QGENX_MAX_BUCKET, "bucket_size is %u", bucket_size);
+    uint64_t numel = load<uint64_t>(data + 20);
+    REFUSE(numel > uint64_t(INT64_MAX) || (expected >= 0 && numel != uint64_t(expected)),
+           "numel is %llu, expected %lld", (unsigned long long)numel, (long long)expected);
+    return QGENX_OK;
+}
+
+int parse_codebook(const uint8_t *data, Cursor &cursor, Parsed &parsed, Failure &failure) {
+    qgenx_codebook &book = parsed.book;
+    memset(&book, 0, sizeof(book));
+    book.coder = data[8];
+    book.num_levels = data[9];
+    book.hash = load<uint64_t>(data + 64);
+    parsed.has_book = is_inline(data);
+    parsed.code.width = book.coder == QGENX_FIXED ? fixed_width(int(book.num_levels)) : 0;
+    if (!parsed.has_book) return QGENX_OK;
+    const uint8_t *levels = cursor.take("levels", book.num_levels, 4, failure);
+    if (!levels) return failure.status;
+    memcpy(book.levels + 1, levels, 4 * size_t(book.num_levels));
+    const uint8_t *lengths = cursor.take("code lengths", book.num_levels + 1, 1, failure);
+    if (!lengths) return failure.status;
+    memcpy(book.lengths, lengths, size_t(book.num_levels) + 1);
+    const char *wrong = prepare(book, parsed.code);
+    REFUSE(wrong, "codebook: %s", wrong);
+    REFUSE(memcmp(parsed.code.lengths, book.lengths, sizeof(book.lengths)) != 0,
+           "codebook: code lengths are not those of its coder");
+    return QGENX_OK;
+}
+
+int parse_sizes(const uint8_t *data, Cursor &cursor, Layout &layout, Failure &failure) {
+    layout.num_segments = load<uint32_t>(data + 28);
+    layout.min_numel = load<uint32_t>(data + 32);
+    layout.bucket_size = load<uint32_t>(data + 36);
+    layout.sizes = cursor.take("sizes", layout.num_segments, 8, failure);
+    if (!layout.sizes) return failure.status;
+    uint64_t numel = load<uint64_t>(data + 20), left = numel;
+    for (uint32_t segment = 0; segment < layout.num_segments; segment++) {
+        uint64_t size = layout.size(segment);
+        REFUSE(size > left, "sizes add up to more than numel, %llu", (unsigned long long)numel);
+        left -= size;
+    }
+    REFUSE(left, "sizes add up to %llu less than numel", (unsigned long long)left);
+    layout.count();
+    return QGENX_OK;
+}
+
+int check_lengths(const Parsed &parsed, Failure &failure) {
+    uint64_t total = 0;
+    for (Walk walk(parsed.layout); !walk.done(); walk.next()) total += parsed.bytes_of(walk.bucket, walk.numel());
+    REFUSE(total != parsed.coded_size, "lengths add up to %llu bytes, %llu are there", (unsigned long long)total,
+           (unsigned long long)parsed.coded_size);
+    return QGENX_OK;
+}
+
+int check_values(const Parsed &parsed, Failure &failure) {
+    for (uint64_t i = 0; i < parsed.layout.raw; i++)
+        REFUSE(std::isinf(load<float>(parsed.raw + 4 * i)), "raw holds an infinite number");
+    for (uint64_t i = 0; i < parsed.layout.buckets; i++) {
+        float norm = load<float>(parsed.norms + 4 * i);
+        REFUSE(norm < 0 || std::isinf(norm), "norms hold a negative or infinite number");
+    }
+    return QGENX_OK;
+}
+
+}  // namespace
+
+void Layout::count() {
+    numel = raw = buckets = 0;
+    for (uint32_t segment = 0; segment < num_segments; segment++) {
+        uint64_t n = size(segment);
+        numel += n;
+        if (is_raw(segment))
+            raw += n;
+        else
+            buckets += n / bucket_size + (n % bucket_size != 0);
+    }
+}
+
+uint64_t inline_bytes(const qgenx_codebook &book) { return 5 * uint64_t(book.num_levels) + 1; }
+
+uint64_t bound_of(const Layout &layout, const Code &code, uint64_t inlined) {
+    uint64_t coded = 0;
+    for (uint32_t segment = 0; segment < layout.num_segments; segment++) {
+        uint64_t n = layout.size(segment);
+        if (layout.is_raw(segment)) continue;
+        uint64_t buckets = n / layout.bucket_size + (n % layout.bucket_size != 0);
+        coded += buckets * most_bytes(code, n < layout.bucket_size ? n : layout.bucket_size);
+    }
+    return HEADER + inlined + 8 * uint64_t(layout.num_segments) + 4 * layout.raw + 6 * layout.buckets + coded +
+           CHECKSUM;
+}
+
+Sections write_header(const qgenx_codebook &book, const qgenx_job &job, const Layout &layout, const Code &code,
+                      uint8_t *out) {
+    memcpy(out, "QGNX", 4);
+    store(out + 4, uint16_t(VERSION));
+    out[6] = uint8_t(job.inline_codebook ? 1 : 0);
+    out[7] = uint8_t(job.norm);
+    out[8] = uint8_t(book.coder);
+    out[9] = uint8_t(book.num_levels);
+    store(out + 10, uint16_t(0));
+    store(out + 12, uint64_t(0)); /* the size, known at the end */
+    store(out + 20, layout.numel);
+    store(out + 28, layout.num_segments);
+    store(out + 32, layout.min_numel);
+    store(out + 36, layout.bucket_size);
+    store(out + 40, job.seed);
+    store(out + 48, job.step);
+    store(out + 56, job.rank);
+    store(out + 60, job.stream);
+    store(out + 64, book.hash);
+    out += HEADER;
+    if (job.inline_codebook) {
+        memcpy(out, book.levels + 1, 4 * size_t(book.num_levels));
+        memcpy(out + 4 * book.num_levels, book.lengths, size_t(book.num_levels) + 1);
+        out += inline_bytes(book);
+    }
+    if (layout.num_segments) memcpy(out, layout.sizes, 8 * size_t(layout.num_segments));
+    Sections sections;
+    sections.raw = out + 8 * uint64_t(layout.num_segments);
+    sections.norms = sections.raw + 4 * layout.raw;
+    sections.lengths = code.width ? nullptr : sections.norms + 4 * layout.buckets;
+    sections.coded = sections.norms + (code.width ? 4 : 6) * layout.buckets;
+    return sections;
+}
+
+int parse(const uint8_t *data, uint64_t size, int64_t expected, const Kernels &kernels, Parsed &parsed,
+          Failure &failure) {
+    if (parse_fixed(data, size, expected, kernels, failure)) return failure.status;
+    Cursor cursor{data + HEADER, data + size - CHECKSUM};
+    if (parse_codebook(data, cursor, parsed, failure)) return failure.status;
+    if (parse_sizes(data, cursor, parsed.layout, failure)) return failure.status;
+    const Layout &layout = parsed.layout;
+    if (!(parsed.raw = cursor.take("raw", layout.raw, 4, failure))) return failure.status;
+    if (!(parsed.norms = cursor.take("norms", layout.buckets, 4, failure))) return failure.status;
+    parsed.lengths = nullptr;
+    if (parsed.book.coder != QGENX_FIXED &&
+        !(parsed.lengths = cursor.take("lengths", layout.buckets, 2, failure)))
+        return failure.status;
+    parsed.coded = cursor.at;
+    parsed.coded_size = uint64_t(cursor.end - cursor.at);
+    if (check_lengths(parsed, failure)) return failure.status;
+    return check_values(parsed, failure);
+}
+
+}  // namespace qgenx

@@ -1,0 +1,206 @@
+/* The portable path: plain C++17, the same bytes as every other. */
+#include <cmath>
+
+#include "kernels.h"
+
+namespace qgenx {
+namespace portable {
+namespace {
+
+inline unsigned popcount(uint64_t x) {
+    x -= x >> 1 & 0x5555555555555555ull;
+    x = (x & 0x3333333333333333ull) + (x >> 2 & 0x3333333333333333ull);
+    return unsigned(((x + (x >> 4)) & 0x0f0f0f0f0f0f0f0full) * 0x0101010101010101ull >> 56);
+}
+
+inline int lowest(uint64_t x) { return int(popcount((x & (0 - x)) - 1)); }
+
+inline uint64_t pext(uint64_t x, uint64_t mask) {
+    if (mask == ~0ull) return x;
+    uint64_t packed = 0;
+    for (uint64_t bit = 1; mask; mask &= mask - 1, bit <<= 1)
+        if (x & mask & (0 - mask)) packed |= bit;
+    return packed;
+}
+
+inline uint64_t pdep(uint64_t x, uint64_t mask) {
+    if (mask == ~0ull) return x;
+    uint64_t spread = 0;
+    for (; mask; mask &= mask - 1, x >>= 1)
+        if (x & 1) spread |= mask & (0 - mask);
+    return spread;
+}
+
+inline uint64_t nonzero_mask(const int8_t *symbols) {
+    uint64_t mask = 0;
+    for (int i = 0; i < 64; i++) mask |= uint64_t(symbols[i] != 0) << i;
+    return mask;
+}
+
+void word_planes(const Code &code, const int8_t *symbols, int words, int stride, uint64_t *planes, uint64_t *signs,
+                 uint64_t *nonzero) {
+    for (int w = 0; w < words; w++) {
+        uint16_t found[64];
+        signs[w] = 0;
+        nonzero[w] = nonzero_mask(symbols + 64 * w);
+        for (int i = 0; i < 64; i++) {
+            int symbol = symbols[64 * w + i];
+            found[i] = code.words[symbol < 0 ? -symbol : symbol];
+            signs[w] |= uint64_t(symbol < 0) << i;
+        }
+        for (int depth = 0; depth < code.depth; depth++) {
+            uint64_t ones = 0;
+            for (int i = 0; i < 64; i++) ones |= uint64_t(found[i] >> (15 - depth) & 1) << i;
+            planes[depth * stride + w] = ones;
+        }
+    }
+}
+
+void index_bytes(const uint64_t *bits, int index_bits, const uint64_t *signs, int words, int stride,
+                 uint8_t *indices) {
+    for (int w = 0; w < words; w++)
+        for (int i = 0; i < 64; i++) {
+            unsigned index = unsigned(signs[w] >> i & 1) << 7;
+            for (int bit = 0; bit < index_bits; bit++) index |= unsigned(bits[bit * stride + w] >> i & 1) << bit;
+            indices[64 * w + i] = uint8_t(index);
+        }
+}
+
+/* In place, from symbol + s; false if one is above 2 s. */
+bool codes_to_indices(uint8_t *codes, int n, int num_levels) {
+    bool good = true;
+    for (int i = 0; i < n; i++) {
+        int symbol = codes[i] - num_levels;
+        good = good && symbol <= num_levels;
+        codes[i] = uint8_t(symbol < 0 ? 128 - symbol : symbol);
+    }
+    return good;
+}
+
+/* Symbols of four bits, two a byte, the first lower. */
+void pack_nibbles(const int8_t *symbols, int n, int num_levels, uint8_t *out) {
+    for (int i = 0; i < n; i += 2)
+        out[i / 2] = uint8_t((symbols[i] + num_levels) | (symbols[i + 1] + num_levels) << 4);
+}
+
+void unpack_nibbles(const uint8_t *bytes, int n, uint8_t *codes) {
+    for (int i = 0; i < n; i++) codes[i] = uint8_t(bytes[i / 2] >> (i & 1 ? 4 : 0) & 15);
+}
+
+void accumulate(const uint8_t *indices, int n, const float *table, int, float *out, bool add, Ahead &) {
+    if (add)
+        for (int i = 0; i < n; i++) out[i] += table[indices[i]];
+    else
+        for (int i = 0; i < n; i++) out[i] = 0.0f + table[indices[i]];
+}
+
+inline uint32_t hash(uint32_t x, const uint32_t *words) {
+    x += words[0];
+    x ^= x >> 16;
+    x *= 0x7FEB352Du;
+    x ^= x >> 15;
+    x += words[1];
+    x *= 0x846CA68Bu;
+    return x ^ x >> 16;
+}
+
+int level_below(const Code &code, float u) {
+    int last = code.num_levels - 1, j = 0;
+    if (!code.start.empty()) {
+        uint32_t bits;
+        memcpy(&bits, &u, 4);
+        j = code.start[size_t(slot_of(bits))];
+    }
+    while (j < last && code.levels[j + 1] <= u) j++;
+    return j;
+}
+
+void round_values(const Code &code, const float *values, int n, float norm, const Draws &draws, int8_t *symbols) {
+    float unit = float(1 << code.draw_bits), top = float(code.num_levels) * unit;
+    float uniform_scale = top / norm, inverse = 1.0f / norm;
+    uint32_t words[2] = {draws.words[0] + uint32_t(draws.position),
+                         draws.words[1] + uint32_t(draws.position >> 32) * 0x9E3779B9u};
+    for (int i = 0; i < n; i++) {
+        uint32_t random = hash(uint32_t(i / 16 * 8 + i % 8), words);
+        int draw = int((i & 8 ? random >> 16 : random & 0xFFFFu) >> (16 - code.draw_bits)), index;
+        float magnitude = fabsf(values[i]);
+        if (code.uniform) {
+            float x = magnitude * uniform_scale;
+            index = (int(lrintf(x < top ? x : top)) + draw) >> code.draw_bits;
+        } else {
+            float u = magnitude * inverse;
+            u = u < 1.0f ? u : 1.0f;
+            int j = level_below(code, u);
+            float x = (u - code.levels[j]) * code.inverse_gaps[j] * unit;
+            index = j + ((int(lrintf(x)) + draw) >> code.draw_bits);
+        }
+        symbols[i] = int8_t(values[i] < 0.0f ? -index : index);
+    }
+}
+
+#include "bucket.h"
+
+/* 16 lanes in float64, folded in halves, the root rounded up: docs/wire_format.md. */
+float l2(const float *values, int n) {
+    double lanes[16] = {};
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int lane = 0; lane < 16; lane++) lanes[lane] += double(values[i + lane]) * double(values[i + lane]);
+    for (int lane = 0; i + lane < n; lane++) lanes[lane] += double(values[i + lane]) * double(values[i + lane]);
+    for (int half = 8; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+    double root = sqrt(lanes[0]);
+    float norm = float(root);
+    return double(norm) < root ? nextafterf(norm, INFINITY) : norm;
+}
+
+float norm(uint32_t kind, const float *values, int n) {
+    if (kind == QGENX_L2) return l2(values, n);
+    uint32_t largest = 0; /* bits of a magnitude rise with it, and those of NaN are above those of infinity */
+    for (int i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, values + i, 4);
+        bits &= 0x7FFFFFFFu;
+        largest = bits > largest ? bits : largest;
+    }
+    float found;
+    memcpy(&found, &largest, 4);
+    return found;
+}
+
+struct CrcTables {
+    uint32_t of[8][256];
+    CrcTables() {
+        for (uint32_t byte = 0; byte < 256; byte++) {
+            uint32_t crc = byte;
+            for (int i = 0; i < 8; i++) crc = (crc >> 1) ^ ((crc & 1) ? CRC_POLYNOMIAL : 0);
+            of[0][byte] = crc;
+        }
+        for (int table = 1; table < 8; table++)
+            for (int byte = 0; byte < 256; byte++)
+                of[table][byte] = (of[table - 1][byte] >> 8) ^ of[0][of[table - 1][byte] & 255];
+    }
+};
+
+uint32_t crc(uint32_t crc, const uint8_t *data, uint64_t size) {
+    static const CrcTables tables;
+    crc = ~crc;
+    for (; size >= 8; size -= 8, data += 8) {
+        uint32_t next = 0;
+        for (int i = 0; i < 8; i++) next ^= tables.of[7 - i][data[i] ^ (i < 4 ? crc >> 8 * i & 255 : 0)];
+        crc = next;
+    }
+    for (; size; size--) crc = (crc >> 8) ^ tables.of[0][(crc ^ *data++) & 255];
+    return ~crc;
+}
+
+}  // namespace
+}  // namespace portable
+
+const Kernels &portable_kernels() {
+    using namespace portable;
+    static const Kernels kernels{norm, round_bucket, encode_bucket, decode_bucket, histogram_bucket, crc};
+    return kernels;
+}
+
+}  // namespace qgenx
