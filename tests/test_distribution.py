@@ -40,15 +40,12 @@ def test_there_are_twenty_histograms():
 
 
 @pytest.mark.parametrize("index", range(20))
-@pytest.mark.parametrize(("bits", "allowed"), [(3, 1.01), (4, 1.01), (8, 1.15)])
-def test_coordinate_descent_is_near_the_exact_optimum(index, bits, allowed):
-    """The exact optimum is among edges of bins, 3 % apart, so levels between edges may beat it.
-
-    At 8 bits they do, with 0.71 to 0.99 of its variance, but for one histogram of few and sparse values (1.10).
-    """
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_coordinate_descent_is_near_the_exact_optimum(index, bits):
+    """The exact optimum is among edges of bins, 3 % apart, so levels between edges may beat it, at 8 bits by a lot."""
     found = Distribution(HISTOGRAMS[index])
     exact = found.variance(Levels.fitted(HISTOGRAMS[index], bits, "exact").values)
-    assert found.variance(Levels.fitted(HISTOGRAMS[index], bits).values) <= allowed * exact
+    assert found.variance(Levels.fitted(HISTOGRAMS[index], bits).values) <= 1.01 * exact
 
 
 @pytest.mark.parametrize("index", range(20))
