@@ -1,7 +1,7 @@
 """How levels age: variance and bits as a function of the iterations since the last fit, on a WGAN-GP's own gradients.
 
     python benchmarks/staleness.py              # trains, writes benchmarks/results/staleness.csv and staleness.png
-    python benchmarks/staleness.py --plot       # draws the plot of the rows that are there
+    python benchmarks/staleness.py --table      # draws the plot of the rows that are there, and prints their table
 
 One process trains the networks of train/ by extra-gradient, without rounding. Levels are fitted to its gradient at
 some iterations, always as ``Compression.qgenx`` does, and kept; whenever one of them has the age of interest, the
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -143,6 +144,32 @@ def plot() -> None:
     figure.savefig(RESULTS.with_suffix(".png"), dpi=110)
 
 
+def table() -> str:
+    """Markdown: variance over that of levels fitted to the same gradient, median and worst; bits more than those."""
+    with open(RESULTS, newline="") as file:
+        rows = list(csv.DictReader(file))
+    spans = [(1, 10), (30, 300), (1000, 4000)]
+    lines = [
+        f"| bits | {' | '.join(f'{low} to {high} iterations old' for low, high in spans)} | exponential | uniform |",
+        f"|{'---|' * (len(spans) + 3)}",
+    ]
+    for bits in map(str, BITS):
+        here = [row for row in rows if row["bits"] == bits]
+        fresh = {row["iteration"]: row for row in here if row["levels"] == "fresh"}
+        aged = [row for row in here if row["levels"] == "adaptive"]
+        groups = [[row for row in aged if low <= int(row["age"]) <= high] for low, high in spans]
+        groups += [[row for row in here if row["levels"] == name] for name in ("exponential", "uniform")]
+        lines.append(f"| {bits} | {' | '.join(_cell(group, fresh) for group in groups)} |")
+    return "\n".join(lines)
+
+
+def _cell(rows: list[dict], fresh: dict) -> str:
+    pairs = [(row, fresh[row["iteration"]]) for row in rows]
+    ratios = [float(row["relative_variance"]) / float(now["relative_variance"]) for row, now in pairs]
+    more = [float(row["bits_per_coordinate"]) - float(now["bits_per_coordinate"]) for row, now in pairs]
+    return f"{statistics.median(ratios):.3g} (at worst {max(ratios):.3g}), {statistics.median(more):+.2f} bits"
+
+
 def _plot_ages(axes, rows: list[dict], fresh: dict) -> None:
     for start in FITTED_AT:
         line = [row for row in rows if row["fitted_at"] == str(start) and int(row["age"]) > 0]
@@ -191,9 +218,13 @@ def run(width: int, batch: int, iterations: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plot", action="store_true", help="draw the plot of the newest rows and end")
+    parser.add_argument("--table", action="store_true", help="draw the plot of what is there and print its table")
     parser.add_argument("--width", type=int, default=16, help="channels of both networks")
     parser.add_argument("--batch", type=int, default=8, help="images per half-step")
     parser.add_argument("--iterations", type=int, default=5000)
     flags = parser.parse_args()
-    plot() if flags.plot else run(flags.width, flags.batch, flags.iterations)
+    if flags.table:
+        plot()
+    else:
+        run(flags.width, flags.batch, flags.iterations)
+    print(table())
