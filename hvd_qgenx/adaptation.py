@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from hvd_qgenx import reference
 from hvd_qgenx.checks import check_choice, check_integer, check_integers, check_non_negative
 from hvd_qgenx.codec import Codec, Encoded
-from hvd_qgenx.distribution import NUM_BINS, Distribution, truncated_normal
+from hvd_qgenx.distribution import BIN_EDGES, NUM_BINS, Distribution, truncated_normal
 from hvd_qgenx.levels import Levels, num_positive
 
 LEVELS = ("adaptive", "uniform", "exponential")
@@ -148,9 +149,18 @@ def fit(statistics: Statistics, bits: int, rate_weight: float = 0.0) -> tuple[Le
     if not statistics.weighted.any():
         return None
     counts, plain = _counts(statistics.weighted), _counts(statistics.plain)
-    levels = Levels.fitted(counts, bits, rate_weight=rate_weight, plain_counts=plain)
+    levels = Levels.fitted(_with_one_more(counts, sum(plain)), bits, rate_weight=rate_weight, plain_counts=plain)
     shares = Distribution(plain).symbol_probabilities(levels.values)
     return levels, tuple(round(share * _COUNT_SCALE) for share in shares)
+
+
+def _with_one_more(counts: list[int], coordinates: int) -> list[float]:
+    """A histogram with one more coordinate, of the mean weight, spread evenly over [0, 1].
+
+    Without it 127 levels leave wide gaps where no coordinate happened to be, and the first one there is costly.
+    """
+    weight = sum(counts) / coordinates
+    return [count + weight * (high - low) for count, (low, high) in zip(counts, pairwise(BIN_EDGES), strict=True)]
 
 
 def _counts(part: Tensor) -> list[int]:
