@@ -152,7 +152,7 @@ class QGenXCompressor:
 
     @property
     def communication(self):
-        """Bytes handed to collectives, bits per coordinate, ratio to float32, variance."""
+        """What was sent, its entropy and variance, what adaptation cost: a ``traffic.Communication``."""
         return self._communication
 
     def compress(self, tensor: Tensor):
@@ -219,7 +219,7 @@ class QGenXCompressor:
         return self.exchange.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues exactly from a ``state_dict``."""
+        """Continues exactly from a ``state_dict``; ranks that load none take over the state of those that do."""
         self.exchange.load_state_dict(state)
 
 
