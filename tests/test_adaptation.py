@@ -174,3 +174,12 @@ def test_a_coordinate_where_none_was_costs_no_more_than_8_bits_allow():
     widest = [max(high - low for low, high in pairwise(table.values)) for table in (levels, alone)]
     # 0.11 and 0.78 measured.
     assert widest[0] < 0.25 < 0.5 < widest[1]
+
+
+def test_a_larger_rate_weight_makes_payloads_shorter():
+    vector = torch.randn(64 * 1000, generator=torch.Generator().manual_seed(5))
+    statistics, sizes = _statistics(vector), []
+    for weight in (0.0, 0.02, 0.1, 0.5):
+        levels, counts = fit(statistics, 4, weight)
+        sizes.append(len(Codec(levels, bucket_size=64, counts=counts).encode(vector, Key(0, 0, 0))))
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.75 * sizes[0]
