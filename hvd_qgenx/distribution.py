@@ -45,8 +45,11 @@ class Distribution:
     """
 
     def __init__(self, counts: Sequence[float]):
-        values = np.array(counts, dtype=np.float64)
-        total = float(values.cumsum()[-1]) if len(values) == NUM_BINS else 0.0
+        try:
+            values = np.array(counts, dtype=np.float64)
+        except (TypeError, ValueError):
+            values = np.zeros(0)
+        total = float(values.cumsum()[-1]) if values.shape == (NUM_BINS,) else 0.0
         if not 0.0 < total < math.inf or values.min() < 0.0:
             raise ValueError(f"counts must be {NUM_BINS} non-negative numbers, not all zero")
         mass = values / total

@@ -111,7 +111,9 @@ def test_the_slope_is_the_derivative_of_the_variance():
         assert found.slope(low, x, high) == pytest.approx(difference / (2 * step), rel=1e-4, abs=1e-9)
 
 
-@pytest.mark.parametrize("counts", [[0] * NUM_BINS, [1] * 5, [math.nan] * NUM_BINS, [-1] + [1] * (NUM_BINS - 1)])
+@pytest.mark.parametrize(
+    "counts", [[0] * NUM_BINS, [1] * 5, [math.nan] * NUM_BINS, [-1] + [1] * (NUM_BINS - 1), None, 3, ["a"] * NUM_BINS]
+)
 def test_what_is_no_histogram_is_refused(counts):
     with pytest.raises(ValueError, match=f"counts must be {NUM_BINS} non-negative numbers, not all zero"):
         Levels.fitted(counts, 4)
