@@ -1,5 +1,8 @@
 """Statistics, their merging, and the fit that all ranks make alike."""
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -183,3 +186,32 @@ def test_a_larger_rate_weight_makes_payloads_shorter():
         levels, counts = fit(statistics, 4, weight)
         sizes.append(len(Codec(levels, bucket_size=64, counts=counts).encode(vector, Key(0, 0, 0))))
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.75 * sizes[0]
+
+
+FIT = """
+import hashlib
+from hvd_qgenx import Levels
+from hvd_qgenx.distribution import truncated_normal
+counts = truncated_normal((2**40, 2**33, 2**33))
+fits = [Levels.fitted(counts, bits, rate_weight=weight) for bits, weight in ((3, 0.0), (4, 0.0), (4, 0.05), (8, 0.0))]
+print(hashlib.sha256(repr((counts, fits)).encode()).hexdigest())
+"""
+
+
+def test_fits_are_the_same_bits_on_an_older_processor():
+    """NumPy without its newer instructions, where its own exponential, for one, rounds otherwise."""
+    from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
+
+    newer = " ".join(name for name in __cpu_dispatch__ if __cpu_features__[name])
+    if not newer:
+        pytest.skip("NumPy has no newer instructions to leave out here")
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-c", FIT],
+            env={**os.environ, "NPY_DISABLE_CPU_FEATURES": left_out},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for left_out in ("", newer)
+    }
+    assert len(hashes) == 1 and len(hashes.pop()) == 65
