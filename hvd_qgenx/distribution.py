@@ -346,7 +346,7 @@ def rate_aware(distribution: Distribution, plain: Distribution, fitted: list[flo
 
 def _stepped(size: int) -> list[list[float]]:
     """Levels a step apart but for the last, and levels that are even beyond a large first one."""
-    steps = [math.sqrt(0.5) ** k / size for k in range(1, 21)]
+    steps = [share * 2.0**-k / size for k in range(10) for share in (0.75, 0.5)]
     firsts = [j / 16 for j in range(1, 16)] + [1.0 - 2.0**-12]
     even = [[0.0] + [first + (1.0 - first) * j / (size - 1) for j in range(size)] for first in firsts if size > 1]
     return [[j * step for j in range(size)] + [1.0] for step in steps] + even
