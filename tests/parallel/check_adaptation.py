@@ -42,22 +42,22 @@ ODD_ONES = {
 )
 @pytest.mark.filterwarnings("ignore:the gradient of a is not finite")
 def test_codebooks_are_identical_after_every_update(options, odd):
-    exchange = PayloadExchange(Settings(adapt_at=(0, 1, 3), adapt_every=0, **options))
+    exchange = PayloadExchange(Settings(adapt_at=(0, 2), adapt_every=0, **options))
     seen = []
-    for iteration in range(5):
+    for iteration in range(3):
         tensors = _normal() if hvd.rank() < RANKS - 1 else ODD_ONES[odd]()
         exchange.deliver(exchange.prepare(tensors), "step", ["a", "b"])
         codebooks = gathered(_codebook(exchange))
         assert all(codebook == codebooks[0] for codebook in codebooks), iteration
         seen.append(codebooks[0])
     versions = [version for version, *_ in seen]
-    assert versions == [1, 2, 2, 3, 3]
-    assert len({codebook[-1] for codebook in seen}) == 3, "every update changed the codebook, and nothing else did"
-    assert exchange.communication.codebook_version == 3 and exchange.communication.adaptations == 3
+    assert versions == [1, 1, 2]
+    assert len({codebook[-1] for codebook in seen}) == 2, "every update changed the codebook, and nothing else did"
+    assert exchange.communication.codebook_version == 2 and exchange.communication.adaptations == 2
 
 
 @pytest.mark.parametrize(("statistics", "size"), [("histogram", 8320), ("normal", 112)])
-@pytest.mark.parametrize("numel", [1024, 100_000])
+@pytest.mark.parametrize("numel", [1024, 20_000])
 def test_messages_of_statistics_have_the_documented_size_whatever_the_gradients(statistics, size, numel):
     exchange = PayloadExchange(Settings(statistics=statistics, adapt_at=(0, 1), adapt_every=0))
     for _ in range(3):
