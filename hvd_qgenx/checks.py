@@ -31,6 +31,13 @@ def check_positive(name: str, value: float) -> float:
     raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
+def check_non_negative(name: str, value: float) -> float:
+    """``value`` as a float, if it is a finite number and not below 0."""
+    if isinstance(value, Real) and not isinstance(value, bool) and 0.0 <= value < math.inf:
+        return float(value)
+    raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     """``value``, if it is one of ``choices``."""
     if isinstance(value, str) and value in choices:

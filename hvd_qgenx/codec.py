@@ -18,6 +18,7 @@ from hvd_qgenx.coders import CODERS, Codebook, codebook
 from hvd_qgenx.levels import NORMS, Levels
 from hvd_qgenx.payload import MAX_BUCKET_SIZE, ROUNDINGS, PayloadError
 from hvd_qgenx.quantize import (
+    NO_WEIGHT,
     Buckets,
     Key,
     Quantized,
@@ -26,6 +27,7 @@ from hvd_qgenx.quantize import (
     dequantize,
     quantize,
     weighted_histograms,
+    weighted_moments,
 )
 
 _COUNT_SCALE = 2**20
@@ -131,6 +133,7 @@ class Codec:
         *,
         sizes: Sequence[int] | None = None,
         inline: bool = True,
+        counts: Tensor | None = None,
     ) -> Tensor:
         """One payload, uint8[size], 1-D.
 
@@ -141,19 +144,25 @@ class Codec:
             out: uint8[>= bound], overwritten from its start; the result is then a view of it.
             sizes: coordinates of the segments; buckets never span two. None is one segment.
             inline: whether levels and code lengths travel with the payload, or only their hash.
+            counts: int64[s + 1], overwritten with how often each magnitude's index was drawn.
         """
         vector = as_vector(gradient)
         check_type("key", key, Key)
         sizes = _check_sizes(sizes, len(vector))
         if core.compiled():
-            return self._encode(vector, key, out, sizes, inline)
-        payload = self.pack(self.quantize(vector, key, sizes), inline)
+            return self._encode(vector, key, out, sizes, inline, counts)
+        encoded = self.quantize(vector, key, sizes)
+        if counts is not None:
+            counts.copy_(torch.bincount(encoded.quantized.symbols.abs(), minlength=len(counts)))
+        payload = self.pack(encoded, inline)
         return payload if out is None else _into(out, payload)
 
-    def _encode(self, vector: Tensor, key: Key, out: Tensor | None, sizes: Sequence[int], inline: bool) -> Tensor:
+    def _encode(
+        self, vector: Tensor, key: Key, out: Tensor | None, sizes: Sequence[int], inline: bool, counts: Tensor | None
+    ) -> Tensor:
         bound = self.bound(len(vector), sizes)
         room = torch.empty(bound, dtype=torch.uint8) if out is None else _check_out(out, bound)
-        payload = room[: core.encode(self._book, self._job(sizes, key, inline), vector, room)]
+        payload = room[: core.encode(self._book, self._job(sizes, key, inline), vector, room, counts)]
         return payload.clone() if out is None else payload
 
     @cached_property
@@ -242,16 +251,14 @@ class Codec:
         symbols = wire.decode_symbols(parsed, words, buckets)
         return _join(parsed.header, dequantize(Quantized(symbols, parsed.norms), buckets, levels), parsed.raw)
 
-    def statistics(self, vector: Tensor, sizes: Sequence[int], nothing: int) -> tuple[int, Tensor, Tensor]:
-        """Exponent, and the histograms ``weighted`` and ``plain`` of the coded segments, see ``adaptation.Statistics``.
-
-        A bucket weighs floor(norm^2 / 2**exponent), the heaviest 2**19 to 2**20. If all are zero it is ``nothing``.
-        """
-        if core.compiled():
-            return core.statistics(self._job(sizes, Key(0, 0, 0)), vector, nothing)
+    def statistics(self, vector: Tensor, sizes: Sequence[int], form: str) -> tuple[int, Tensor, Tensor]:
+        """What ``adaptation.Statistics`` holds in this form, of the coded segments of a float32 vector."""
+        if form == "histogram" and core.compiled():
+            return core.statistics(self._job(sizes, Key(0, 0, 0)), vector, NO_WEIGHT)
         buckets = Buckets.cut(sizes, self.bucket_size, self.min_numel)
         coded = vector[_coded_mask(sizes, self.min_numel)]
-        return weighted_histograms(coded, buckets, bucket_norms(coded, buckets, self.norm), nothing)
+        measure = weighted_histograms if form == "histogram" else weighted_moments
+        return measure(coded, buckets, bucket_norms(coded, buckets, self.norm))
 
     def _codebook_of(self, header: wire.Header) -> tuple[Levels, Codebook]:
         if header.inline:

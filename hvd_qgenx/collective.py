@@ -5,6 +5,7 @@ The first room that imports Horovod, and the only one that calls its collectives
 
 from __future__ import annotations
 
+import json
 import struct
 import time
 from collections.abc import Sequence
@@ -139,13 +140,23 @@ class Group:
             _compare_records(pairs[0][0], other, rank)
         return [record for record, _ in pairs], [body for _, body in pairs]
 
-    def agree(self, lines: Sequence[str]) -> None:
-        """Compares a description, line by line, with those of all ranks."""
-        body = torch.frombuffer(bytearray("\n".join(lines).encode()), dtype=torch.uint8)
-        _, bodies = self.gather_records(Record(self.communication.number, 0, "agreement"), body)
-        texts = [bytes(body.numpy()).decode().split("\n") for body in bodies]
-        for rank, other in enumerate(texts):
-            _compare(texts[0], other, rank)
+    def agree(self, lines: Sequence[str], position: Sequence[int]) -> list[list[int]]:
+        """Compares a description, line by line, with those of all ranks; returns the positions of all ranks."""
+        texts = self._gather_texts("agreement", "\n".join([json.dumps(position), *lines]))
+        parts = [text.split("\n") for text in texts]
+        for rank, (_, *other) in enumerate(parts):
+            _compare(parts[0][1:], other, rank)
+        return [json.loads(first) for first, *_ in parts]
+
+    def share_state(self, leader: int, state: dict) -> dict:
+        """The state of rank ``leader``, on all ranks."""
+        text = json.dumps(state) if self.rank == leader else ""
+        return json.loads(self._gather_texts("state", text)[leader])
+
+    def _gather_texts(self, stage: str, text: str) -> list[str]:
+        body = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.zeros(0).byte()
+        _, bodies = self.gather_records(Record(self.communication.number, 0, stage), body)
+        return [bytes(body.numpy()).decode() for body in bodies]
 
 
 def _compare_records(first: Record, other: Record, rank: int) -> None:

@@ -91,6 +91,8 @@ class QGenXCompressor:
         named_parameters: Iterable | None = None,
         process_set=None,
         nonfinite: str = "nan",
+        statistics: str = "histogram",
+        rate_weight: float = 0.0,
     ) -> QGenXCompressor:
         """A configured compressor.
 
@@ -110,12 +112,29 @@ class QGenXCompressor:
             process_set: the ranks to exchange with, if they are not all; must be the optimizer's.
             nonfinite: what a gradient with NaN or infinity does: "nan" makes that parameter's mean NaN on all ranks,
                 with a warning; "raise" raises FloatingPointError on all ranks.
+            statistics: what adaptive levels are fitted to: "histogram" of the magnitudes (no model; ranks share 8,320
+                bytes each at an adaptation), or the "normal" distribution with their moments, cut off outside [-1, 1]
+                (the paper's form, 112 bytes); neither grows with the gradient.
+            rate_weight: lambda of the objective that adaptive levels minimise, relative variance + lambda * bits per
+                coordinate; 0 is the paper's, 2 ln(2) times the relative variance a good start. See ``Levels.fitted``.
 
         Raises:
             ValueError: naming the argument and what is allowed.
         """
         settings = Settings(
-            bits, levels, coder, norm, bucket_size, rounding, min_numel, adapt_at, adapt_every, seed, nonfinite
+            bits,
+            levels,
+            coder,
+            norm,
+            bucket_size,
+            rounding,
+            min_numel,
+            adapt_at,
+            adapt_every,
+            seed,
+            nonfinite,
+            statistics,
+            rate_weight,
         )
         return QGenXCompressor(settings, named_parameters, process_set)
 
@@ -133,7 +152,7 @@ class QGenXCompressor:
 
     @property
     def communication(self):
-        """Bytes handed to collectives, bits per coordinate, ratio to float32, variance."""
+        """What was sent, its entropy and variance, what adaptation cost: a ``traffic.Communication``."""
         return self._communication
 
     def compress(self, tensor: Tensor):
@@ -200,7 +219,7 @@ class QGenXCompressor:
         return self.exchange.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues exactly from a ``state_dict``."""
+        """Continues exactly from a ``state_dict``; ranks that load none take over the state of those that do."""
         self.exchange.load_state_dict(state)
 
 

@@ -21,6 +21,7 @@ from hvd_qgenx.adaptation import Settings, Statistics, fit
 from hvd_qgenx.codec import Codec
 from hvd_qgenx.collective import DisagreementError, Group, Record, hvd
 from hvd_qgenx.levels import Levels
+from hvd_qgenx.payload import codebook_of
 from hvd_qgenx.quantize import Key, as_vector, squared_error
 from hvd_qgenx.traffic import Communication
 
@@ -80,10 +81,23 @@ class Exchange:
     def _begin(self, tensors: Sequence[Tensor | None]) -> None:
         self.group.check_started()
         if not self._agreed:
-            self.group.agree([*self.settings_lines(), *self.description])
+            self._catch_up(self.group.agree([*self.settings_lines(), *self.description], self._position()))
             self._agreed = True
         self.communication.exchanges += 1
         self.communication.coordinates += sum(tensor.numel() for tensor in tensors if tensor is not None)
+
+    def _catch_up(self, positions: list[list[int]]) -> None:
+        """Ranks that joined late take over the state of the one with the most exchanges, the lowest of these ranks."""
+        if all(position == positions[0] for position in positions):
+            return
+        leader = max(range(len(positions)), key=lambda rank: (positions[rank][:3], -rank))
+        state = self.group.share_state(leader, self.state_dict())
+        if positions[self.group.rank] != positions[leader]:
+            self.load_state_dict(state)
+
+    def _position(self) -> list[int]:
+        """How far this rank is: exchanges, iterations, codebooks, and what else two ranks may differ by."""
+        return [self.step, self.iteration, 0]
 
     def settings_lines(self) -> list[str]:
         return []
@@ -208,31 +222,38 @@ class PayloadExchange(Exchange):
         outgoing = _outgoing(tensors, [as_vector(tensor) for tensor in tensors if tensor is not None])
         if starts_iteration:
             if self._is_due():
-                self._adapt(outgoing)
+                with self.communication.adaptation():
+                    self._adapt(outgoing)
             self.iteration += 1
-        payload = self.codec.encode(outgoing.vector, self._key(), sizes=outgoing.sizes, inline=False)
+        counts = torch.zeros(self.codec.levels.num_levels + 1, dtype=torch.int64)
+        key = Key(self.settings.seed, hvd.rank(), self.step)
+        payload = self.codec.encode(outgoing.vector, key, sizes=outgoing.sizes, inline=False, counts=counts)
         decoded = self.codec.decode_mean([payload], len(outgoing.vector))
         self._measure(outgoing.vector, decoded)
+        self.communication.count_symbols(counts)
         return Outgoing(outgoing.present, outgoing.sizes, outgoing.vector, payload, decoded)
+
+    def _position(self) -> list[int]:
+        return [self.step, self.iteration, self.version, self.first_fit_at, self.codec.codebook_hash]
 
     def _is_due(self) -> bool:
         """By the schedule, or because earlier gradients had nothing to fit to; then at ever longer intervals."""
         late = self.settings.levels == "adaptive" and self.version == 0 and 0 < self.first_fit_at <= self.iteration
         return late or self.settings.adapts(self.iteration)
 
-    def _key(self) -> Key:
-        return Key(self.settings.seed, hvd.rank(), self.step)
-
     def _adapt(self, outgoing: Outgoing) -> None:
-        message = Statistics.measure(self.codec, outgoing.vector, outgoing.sizes).to_message()
+        codec, form = self.codec, self.settings.statistics
+        message = Statistics.measure(codec, outgoing.vector, outgoing.sizes, form).to_message()
         _, bodies = self.group.gather_records(self.record("adaptation"), message.view(torch.uint8))
         parts = [Statistics.from_message(body.clone().view(torch.int64)) for body in bodies]
-        if fitted := fit(Statistics.merged(parts), self.settings.bits):
-            self.codec = self.settings.codec(*fitted)
-            self.version += 1
-            self.communication.codebook_version = self.version
+        if fitted := fit(Statistics.merged(parts), self.settings.bits, self.settings.rate_weight):
+            self._use(self.settings.codec(*fitted), self.version + 1)
         else:
             self.first_fit_at = 2 * self.iteration + 1
+
+    def _use(self, codec: Codec, version: int) -> None:
+        self.codec, self.version = codec, version
+        self.communication.start_codebook(version)
 
     def _measure(self, vector: Tensor, decoded: Tensor) -> None:
         error, norm = squared_error(vector, decoded)
@@ -274,8 +295,7 @@ class PayloadExchange(Exchange):
             self.first_fit_at = max(self.iteration, 1)
             return
         self.first_fit_at = state["first_fit_at"]
-        self.version = self.communication.codebook_version = state["version"]
-        self.codec = self.settings.codec(Levels(tuple(state["levels"])), state["counts"])
+        self._use(self.settings.codec(Levels(tuple(state["levels"])), state["counts"]), state["version"])
 
 
 class Gathered:
@@ -284,6 +304,13 @@ class Gathered:
     def __init__(self, codec: Codec, records: list[Record], payloads: list[Tensor]):
         self.codec, self.records, self.payloads = codec, records, payloads
         self.sizes = [codec.sizes_of(payload) for payload in payloads]
+        books = [codebook_of(payload) for payload in payloads]
+        for rank, book in enumerate(books):
+            if book != books[0]:
+                raise DisagreementError(
+                    f"ranks disagree: rank 0 coded with codebook {books[0]:016x}, rank {rank} with codebook "
+                    f"{book:016x}; one of them has a stale state: load the same one on all ranks"
+                )
 
     @cached_property
     def fused(self) -> tuple[Tensor, ...]:

@@ -14,8 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from hvd_qgenx.checks import check_choice, check_integer
-from hvd_qgenx.distribution import FITS, Distribution, normal_distribution, spread
+from hvd_qgenx.checks import check_choice, check_integer, check_non_negative
+from hvd_qgenx.distribution import FITS, Distribution, normal_distribution, rate_aware, spread
 
 MAX_LEVELS = 127  # symbols are int8
 NORMS = ("l2", "linf")
@@ -65,24 +65,43 @@ class Levels:
         return cls((0.0,) + tuple(base ** (count - j) for j in range(1, count + 1)))
 
     @classmethod
-    def fitted(cls, counts: Sequence[int], bits: int, method: str = "coordinate_descent") -> Levels:
-        """The levels that minimise the variance of stochastic rounding on a histogram (QAda's objective).
+    def fitted(
+        cls,
+        counts: Sequence[int],
+        bits: int,
+        method: str = "coordinate_descent",
+        rate_weight: float = 0.0,
+        plain_counts: Sequence[int] | None = None,
+    ) -> Levels:
+        """The levels that minimise variance + ``rate_weight`` * code length of a histogram (QAda's objective at 0).
 
-        Minimises sum_u w(u) (l_{j+1} - u)(u - l_j), in float64 and in a fixed order: equal counts give equal levels.
+        The variance is E||Q(v) - v||^2 / ||v||^2, the sum over u of w(u) (l_{j+1} - u)(u - l_j) divided by that of
+        w(u) u^2; the code length is the entropy of the signed symbols in bits per coordinate. In float64 and in a
+        fixed order: equal counts give equal levels.
 
         Args:
             counts: ``NUM_BINS`` non-negative integers over ``BIN_EDGES``, not all zero, weighted by the squared norm
                 of the buckets that the magnitudes come from.
             bits: width of a symbol, from 2 to 8.
-            method: "coordinate_descent" (ALQ), from uniform, exponential, quantile and companded levels, keeping the
-                best; "projected_gradient" (its gradient form), from the same; "multiplier" (AMQ), l_j = p**(s - j)
-                with the best p; "exact", the optimum among levels at edges of bins, by dynamic programming.
+            method: "coordinate_descent" (ALQ), from uniform, exponential, quantile and companded levels and from the
+                optimum at edges of bins, keeping the best; "projected_gradient" (its gradient form), from the same;
+                "multiplier" (AMQ), l_j = p**(s - j) with the best p; "exact", the optimum among levels at edges of
+                bins, by dynamic programming.
+            rate_weight: lambda, 0 or more: the relative variance that is worth one bit per coordinate. At fine levels
+                one bit more divides the variance V by 4, so that lambda = 2 ln(2) V is where both are in balance.
+                Above 0 the fit of ``method`` is one of the starts of a descent on the whole objective.
+            plain_counts: the histogram without weights, from which code lengths follow; None takes ``counts``.
 
         Source: Q-GenX section 3 (QAda); ALQ and AMQ (Faghri et al., 2020).
         """
         size = num_positive(bits)
         check_choice("method", method, tuple(FITS))
-        return cls(tuple(spread(FITS[method](Distribution(counts), size))))
+        found = Distribution(counts)
+        levels = FITS[method](found, size)
+        if check_non_negative("rate_weight", rate_weight) > 0.0:
+            plain = found if plain_counts is None else Distribution(plain_counts)
+            levels = rate_aware(found, plain, levels, rate_weight)
+        return cls(tuple(spread(levels)))
 
     @property
     def num_levels(self) -> int:

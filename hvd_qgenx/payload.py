@@ -139,10 +139,15 @@ def check_payload(payload: Tensor) -> Tensor:
     return payload.detach().cpu().contiguous()
 
 
+def codebook_of(payload: Tensor) -> int:
+    """The hash of the codebook of a payload that has been checked."""
+    return _fields(memoryview(payload.numpy()))["codebook"]
+
+
 def read_sizes(payload: Tensor) -> tuple[int, ...]:
-    """The coordinates of each segment, of a payload that has been checked."""
+    """The coordinates of each segment of a payload that has been checked."""
     data = memoryview(payload.numpy())
-    fields = dict(zip(_NAMES, _FIXED.unpack_from(data), strict=True))
+    fields = _fields(data)
     inline = 5 * fields["num_levels"] + 1 if fields["flags"] & _INLINE else 0
     return tuple(np.frombuffer(data, "<u8", fields["num_segments"], _FIXED.size + inline).tolist())
 
@@ -161,8 +166,12 @@ _NAMES = (
 )
 
 
+def _fields(data: memoryview) -> dict:
+    return dict(zip(_NAMES, _FIXED.unpack_from(data), strict=True))
+
+
 def _parse_fixed(data: memoryview) -> dict:
-    fields = dict(zip(_NAMES, _FIXED.unpack_from(data), strict=True))
+    fields = _fields(data)
     _expect(fields["magic"] == MAGIC, f"magic is {fields['magic']!r}, expected {MAGIC!r}")
     _expect(fields["version"] == VERSION, f"version is {fields['version']}, this reader knows {VERSION}")
     _expect(fields["size"] == len(data), f"size is {fields['size']}, but {len(data)} bytes are there")

@@ -15,6 +15,8 @@ from hvd_qgenx.levels import Levels
 
 _MASK_64 = 2**64 - 1
 _WEIGHT_BITS = 20  # the heaviest bucket of a vector weighs 2**19 to 2**20
+_MOMENT_UNIT = 2**20  # moments are integers too
+NO_WEIGHT = -(2**15)  # exponent of statistics without weight
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -122,16 +124,37 @@ def dequantize(quantized: Quantized, buckets: Buckets, levels: Levels) -> Tensor
     return reference.dequantize(quantized.symbols, quantized.norms, buckets.bucket_of, levels)
 
 
-def weighted_histograms(vector: Tensor, buckets: Buckets, norms: Tensor, nothing: int) -> tuple[int, Tensor, Tensor]:
-    """(exponent, weighted, plain) of ``adaptation.Statistics``; a bucket weighs floor(norm^2 / 2**exponent)."""
+def bucket_weights(norms: Tensor) -> tuple[int, Tensor, Tensor]:
+    """An exponent, floor(norm^2 / 2**exponent) and one for each bucket; zeros where a norm is zero or not finite."""
     usable = norms.isfinite() & (norms > 0)
     squares = torch.where(usable, norms.double().square(), 0.0)
     heaviest = float(squares.max()) if len(squares) else 0.0
-    exponent = math.frexp(heaviest)[1] - _WEIGHT_BITS if heaviest > 0 else nothing
-    weights = (squares * 2.0**-exponent).long() if heaviest > 0 else torch.zeros(len(squares), dtype=torch.int64)
+    if heaviest == 0:
+        return NO_WEIGHT, torch.zeros(len(squares), dtype=torch.int64), usable.long()
+    exponent = math.frexp(heaviest)[1] - _WEIGHT_BITS
+    return exponent, (squares * 2.0**-exponent).long(), usable.long()
+
+
+def weighted_histograms(vector: Tensor, buckets: Buckets, norms: Tensor) -> tuple[int, Tensor, Tensor]:
+    """(exponent, weighted, plain) of ``adaptation.Statistics`` in the form "histogram"."""
+    exponent, weights, ones = bucket_weights(norms)
     u = reference.magnitudes(vector, norms, buckets.bucket_of)
-    weighted = reference.histogram(u, weights[buckets.bucket_of])
-    return exponent, weighted, reference.histogram(u, usable.long()[buckets.bucket_of])
+    owner = buckets.bucket_of
+    return exponent, reference.histogram(u, weights[owner]), reference.histogram(u, ones[owner])
+
+
+def weighted_moments(vector: Tensor, buckets: Buckets, norms: Tensor) -> tuple[int, Tensor, Tensor]:
+    """(exponent, weighted, plain) of ``adaptation.Statistics`` in the form "normal"."""
+    exponent, weights, ones = bucket_weights(norms)
+    u = reference.magnitudes(vector, norms, buckets.bucket_of)
+    r, owner = torch.where(vector < 0, -u, u).double(), buckets.bucket_of
+    return exponent, _moments(r, weights[owner]), _moments(r, _MOMENT_UNIT * ones[owner])
+
+
+def _moments(r: Tensor, weights: Tensor) -> Tensor:
+    """int64[3]: the sums of w, w r and w r^2."""
+    w = weights.double()
+    return torch.stack((w.sum(), (w * r).sum(), (w * r.square()).sum())).round().long()
 
 
 def squared_error(vector: Tensor, decoded: Tensor) -> tuple[float, float]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
+import time
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 _NUMBERS = itertools.count(1)
@@ -22,7 +26,10 @@ class Communication:
             collective makes of them (an allgather passes on all ranks' bytes) is its own affair.
         coordinates: gradient coordinates exchanged.
         squared_error, squared_norm: sums of ||Q(v) - v||^2 and ||v||^2 over the finite gradients of this rank.
-        codebook_version: how often levels have been fitted.
+        codebook_version: how often levels have been fitted, also before this process started.
+        adaptations: how often ranks shared statistics to fit levels, in this process.
+        adaptation_seconds, adaptation_bytes: what that took: wall time, waiting for the other ranks included, and
+            the part of ``bytes_sent`` that statistics are.
     """
 
     number: int = field(default_factory=lambda: next(_NUMBERS))
@@ -33,12 +40,49 @@ class Communication:
     squared_error: float = 0.0
     squared_norm: float = 0.0
     codebook_version: int = 0
+    adaptations: int = 0
+    adaptation_seconds: float = 0.0
+    adaptation_bytes: int = 0
+    _symbols: Tensor = field(default_factory=lambda: torch.zeros(128, dtype=torch.int64), repr=False)
+    _earlier_symbols: int = 0  # those under earlier codebooks
+    _earlier_bits: float = 0.0
 
     def count(self, tensor: Tensor) -> Tensor:
         """Counts a tensor that is about to be handed to a collective, and returns it."""
         self.collectives += 1
         self.bytes_sent += tensor.numel() * tensor.element_size()
         return tensor
+
+    def count_symbols(self, counts: Tensor) -> None:
+        """Counts how often each magnitude's index, int64[s + 1], is about to be sent under the codebook in use."""
+        self._symbols[: len(counts)] += counts
+
+    def start_codebook(self, version: int) -> None:
+        """Another codebook is in use from here on: symbols mean other values."""
+        self._earlier_bits += _entropy_bits(self._symbols)
+        self._earlier_symbols += int(self._symbols.sum())
+        self._symbols.zero_()
+        self.codebook_version = version
+
+    @contextlib.contextmanager
+    def adaptation(self):
+        """Counts what happens inside as one adaptation."""
+        start, sent = time.perf_counter(), self.bytes_sent
+        yield
+        self.adaptations += 1
+        self.adaptation_seconds += time.perf_counter() - start
+        self.adaptation_bytes += self.bytes_sent - sent
+
+    @property
+    def entropy(self) -> float | None:
+        """Bits per coded coordinate that the best code for single symbols would take; None before any.
+
+        -sum_m f_m log2 f_m over the frequencies f_m of the level indices m sent under one codebook, plus a bit for the
+        sign of each that is not 0; the mean over codebooks, weighted by their symbols. Norms, lengths, headers and
+        small parameters, which have no symbols, are not in it.
+        """
+        symbols = self._earlier_symbols + int(self._symbols.sum())
+        return (self._earlier_bits + _entropy_bits(self._symbols)) / symbols if symbols else None
 
     @property
     def bits_per_coordinate(self) -> float:
@@ -58,8 +102,25 @@ class Communication:
     def __str__(self) -> str:
         if not self.bytes_sent:
             return f"{self.exchanges} exchanges, no bytes sent"
-        variance = f", relative variance {self.variance:.3g}" if self.variance is not None else ""
-        return (
-            f"{self.exchanges} exchanges, {self.bytes_sent:,} bytes sent, "
-            f"{self.bits_per_coordinate:.2f} bits per coordinate, {self.ratio:.1f}x less than float32{variance}"
-        )
+        parts = [
+            f"{self.exchanges} exchanges",
+            f"{self.bytes_sent:,} bytes sent",
+            f"{self.bits_per_coordinate:.2f} bits per coordinate",
+            f"{self.ratio:.1f}x less than float32",
+        ]
+        if self.variance is not None:
+            parts.append(f"relative variance {self.variance:.3g}")
+        if self.entropy is not None:
+            parts.append(f"entropy of symbols {self.entropy:.2f} bits")
+        if self.adaptations:
+            parts.append(
+                f"codebook {self.codebook_version} ({self.adaptations} adaptations: "
+                f"{self.adaptation_bytes:,} bytes, {self.adaptation_seconds:.2g} s)"
+            )
+        return ", ".join(parts)
+
+
+def _entropy_bits(counts: Tensor) -> float:
+    """sum_m c_m (log2(C / c_m) + [m > 0]), C the sum of the counts c_m."""
+    total = int(counts.sum())
+    return sum(c * (math.log2(total / c) + (m > 0)) for m, c in enumerate(counts.tolist()) if c)

@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parent / "parallel"
 RUNS = [
     ("gloo", 3, "check_dropin.py"),
     ("gloo", 3, "check_wrapper.py"),
+    ("gloo", 3, "check_adaptation.py"),
     ("gloo", 2, "check_dropin.py"),
     ("gloo", 2, "check_wrapper.py"),
     ("gloo", 2, "check_bytes.py"),

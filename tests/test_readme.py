@@ -1,19 +1,26 @@
 """The README says what the repository has measured, and what it shows works."""
 
+import importlib
 import re
-import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_table_is_that_of_the_committed_rows(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    import bytes_sent
-
-    table = re.search(r"<!-- table: benchmarks/bytes_sent.py -->\n(.*?)\n<!-- end -->", README, re.S)
-    assert table and table.group(1) == bytes_sent.table()
+@pytest.mark.parametrize(
+    ("page", "benchmark"),
+    [("README.md", "bytes_sent"), ("README.md", "staleness"), ("docs/levels.md", "levels_table")],
+)
+def test_tables_are_those_of_the_committed_rows(monkeypatch, page, benchmark):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table = importlib.import_module(benchmark).table()
+    shown = re.search(
+        rf"<!-- table: benchmarks/{benchmark}.py -->\n(.*?)\n<!-- end -->", (ROOT / page).read_text(), re.S
+    )
+    assert shown and shown.group(1) == table
 
 
 def test_linked_files_are_there():

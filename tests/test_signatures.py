@@ -65,6 +65,8 @@ def test_the_compressor_takes_the_arguments_of_the_contract():
         "named_parameters",
         "process_set",
         "nonfinite",
+        "statistics",
+        "rate_weight",
     ]
 
 

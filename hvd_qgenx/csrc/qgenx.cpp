@@ -144,10 +144,10 @@ struct Encoding {
     }
 };
 
-void count_symbols(const int8_t *symbols, int n, uint64_t *counts) {
+void count_symbols(const int8_t *symbols, int n, int num_levels, uint64_t *counts) {
     uint32_t tables[4][256] = {}; /* neighbours are often equal: four counters do not wait for one another */
     for (int i = 0; i < n; i++) tables[i & 3][uint8_t(symbols[i])]++;
-    for (int symbol = -127; symbol <= 127; symbol++)
+    for (int symbol = -num_levels; symbol <= num_levels; symbol++)
         for (auto &table : tables) counts[std::abs(symbol)] += table[uint8_t(symbol)];
 }
 
@@ -159,7 +159,7 @@ uint64_t encode_part(const Encoding &e, uint64_t first, uint64_t end, uint8_t *l
     for (Walk walk(e.layout, first); walk.bucket < end; walk.next()) {
         int8_t *symbols = scratch.symbols.get();
         e.symbols_of(walk, symbols, scratch);
-        if (counts) count_symbols(symbols, walk.numel(), counts);
+        if (counts) count_symbols(symbols, walk.numel(), e.code.num_levels, counts);
         int size = e.kernels.encode(e.code, symbols, walk.numel(), out, scratch);
         if (lengths) store(lengths + 2 * walk.bucket, uint16_t(size));
         out += size;

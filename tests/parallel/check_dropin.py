@@ -193,6 +193,7 @@ def test_ranks_with_adaptive_and_fixed_levels_do_not_hang():
 
 def test_ranks_out_of_step_all_learn_both():
     compressor = hvd_qgenx.Compression.qgenx(levels="uniform")
+    hvd.allreduce(torch.randn(10), name="sequence", compression=compressor)
     state = {**compressor.state_dict(), "step": 5 + hvd.rank()}
     compressor.load_state_dict(state)
     message = message_on_all_ranks(
