@@ -28,6 +28,7 @@ ROOMS = [
     "compression",
     "extragradient",
     "dual",
+    "games",
     "distributed",
 ]
 
