@@ -68,7 +68,7 @@ class QGenX(torch.optim.Optimizer):
     @num_ranks.setter
     def num_ranks(self, value: int) -> None:
         first = self.param_groups[0]
-        if first["sum_of_squares"] != 0.0:
+        if first["sum_of_squares"] != 0.0 and value != first["num_ranks"]:
             # Otherwise X_{t+1} = X_1 + gamma_{t+1} Y_{t+1} would jump: gamma weighs all that was summed so far.
             first["sum_of_squares"] = (value / first["num_ranks"]) ** 2 * (1.0 + first["sum_of_squares"]) - 1.0
         first["num_ranks"] = value
