@@ -132,6 +132,10 @@ class DistributedOptimizer(_Materialising):
             self._names[p] = f"parameter.{len(self.param_groups) - 1}.{index}"
         self._describe()
 
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Accepted as Horovod's: gradients accumulate in ``p.grad`` whatever their number."""
+        check_integer("passes", passes, 1)
+
     def synchronize(self) -> None:
         """Exchanges gradients now, so that they can be looked at or clipped before the half-step that uses them."""
         self._begin()
