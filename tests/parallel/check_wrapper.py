@@ -135,6 +135,35 @@ def test_step_with_a_closure_is_the_two_half_steps(choice):
     assert optimizers[0].communication.exchanges == optimizers[1].communication.exchanges == 6
 
 
+@pytest.mark.parametrize("make", ["extra_sgd_past", "optimistic", "dual_averaging"])
+def test_methods_with_one_exchange_have_one_however_they_are_called(make):
+    model, twin, calls = network(), network(), []
+    optimizer, other = (_wrapped(m, "qgenx", MAKES[make](m.parameters(), lr=0.05)) for m in (model, twin))
+
+    def closure(model=model, optimizer=optimizer):
+        calls.append(optimizer.extrapolated)
+        optimizer.zero_grad()
+        value = loss(model)
+        value.backward()
+        return value
+
+    torch.manual_seed(9 + hvd.rank())
+    for _ in range(3):
+        optimizer.step(closure)
+    torch.manual_seed(9 + hvd.rank())
+    for _ in range(3):
+        other.extrapolation()
+        other.zero_grad()
+        loss(twin).backward()
+        other.synchronize()
+        with other.skip_synchronize():
+            other.step()
+    assert calls == [True] * 3, "evaluated at x_{t+1/2} alone"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert optimizer.communication.exchanges == other.communication.exchanges == 3
+    assert same_on_all_ranks(model.parameters())
+
+
 def test_step_with_a_closure_on_a_plain_optimizer_averages():
     model = network()
     optimizer = _wrapped(model, "none", torch.optim.SGD(model.parameters(), lr=0.1))
