@@ -266,36 +266,39 @@ def curve(part: str, **setting) -> Curve:
     return Curve([row for row in read(part) if all(row[name] == value for name, value in wanted.items())])
 
 
-def claims() -> list[tuple[str, str, float, float, float]]:
-    """(claim, setting, measured, least, most) for every row of the issue's table; computed from rates.csv."""
+def claims() -> list[tuple[str, str, int, float, float, float]]:
+    """(claim, setting, T, measured, least, most) for every row of the issue's table; computed from rates.csv."""
     found = []
     for method in DUAL:
         for noise, low, high in (("relative", -1.15, -0.85), ("absolute", -0.6, -0.4)):
             low, high = (-0.6, -0.4) if method == "dual_averaging" else (low, high)
             pair = [curve("slopes", method=method, noise=noise, choice=choice) for choice in ("none", "bits4")]
+            end = pair[0].iterations[-1]
             for name, one in zip(("float32", "4 bits"), pair, strict=True):
-                found.append((f"slope, {noise} noise", f"{method}, {name}", one.slope, low, high))
+                found.append((f"slope, {noise} noise", f"{method}, {name}", end, one.slope, low, high))
             shift = abs(pair[1].slope - pair[0].slope)
-            found.append((f"shift of the slope, {noise} noise", f"{method}, 4 bits", shift, 0.0, 0.1))
+            found.append((f"shift of the slope, {noise} noise", f"{method}, 4 bits", end, shift, 0.0, 0.1))
             gap = max(one.gaps[-1] for one in pair)
             ratio = pair[1].reaches(gap) / pair[0].reaches(gap)
-            found.append((f"iterations to a gap, {noise} noise", f"{method}, 4 bits / float32", ratio, 0.0, 1.3))
+            found.append((f"iterations to a gap, {noise} noise", f"{method}, 4 bits / float32", end, ratio, 0.0, 1.3))
     for choice in ("none", "bits4"):
-        few, many = (curve("speedup", choice=choice, ranks=ranks).gaps[-1] for ranks in (1, 16))
-        found.append(("gap of 1 rank / of 16, absolute noise", f"optimistic, {choice}", few / many, 3.4, 4.6))
+        few, many = (curve("speedup", choice=choice, ranks=ranks) for ranks in (1, 16))
+        end, ratio = few.iterations[-1], few.gaps[-1] / many.gaps[-1]
+        found.append(("gap of 1 rank / of 16, absolute noise", f"optimistic, {choice}", end, ratio, 3.4, 4.6))
     dense, coded = (curve("real_bytes", choice=choice, method="dual_extrapolation") for choice in ("none", "bits4"))
     fraction = int(coded.last["bytes_sent"]) / int(dense.last["bytes_sent"])
-    found.append(("bytes / float32's, d = 10,240", "bits4, 2 processes", fraction, 0.0, 1 / 7))
+    end = coded.iterations[-1]
+    found.append(("bytes / float32's, d = 10,240", "bits4, 2 processes", end, fraction, 0.0, 1 / 7))
     gap = max(dense.gaps[-1], coded.gaps[-1])
     ratio = coded.reaches(gap) / dense.reaches(gap)
-    found.append(("iterations to a gap, d = 10,240", "bits4 / float32", ratio, 0.0, 1.3))
+    found.append(("iterations to a gap, d = 10,240", "bits4 / float32", end, ratio, 0.0, 1.3))
     once = curve("real_bytes", choice="bits4", method="optimistic")
     messages = int(once.last["exchanges"]) / int(coded.last["exchanges"])
-    found.append(("messages, optimistic / dual extrapolation", "bits4", messages, 0.5, 0.5))
-    found.append(("gap, optimistic / dual extrapolation", "bits4", once.gaps[-1] / coded.gaps[-1], 0.1, 10.0))
+    found.append(("messages, optimistic / dual extrapolation", "bits4", end, messages, 0.5, 0.5))
+    found.append(("gap, optimistic / dual extrapolation", "bits4", end, once.gaps[-1] / coded.gaps[-1], 0.1, 10.0))
     control = curve("descent")
     growth = control.gaps[-1] / control.gaps[0]
-    found.append((f"gap after 1024 iterations / after {FIRST}", "sgd", growth, 10.0, float("inf")))
+    found.append((f"gap at T / after {FIRST} iterations", "sgd", control.iterations[-1], growth, 10.0, float("inf")))
     return found
 
 
@@ -317,22 +320,23 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def table() -> str:
     """Three tables as Markdown: the claims, the other games, real processes."""
     rows = []
-    for claim, setting, value, low, high in claims():
+    for claim, setting, end, value, low, high in claims():
         window = f"{low:.3g} to {high:.3g}" if high < float("inf") else f"at least {low:.3g}"
-        rows.append([claim, setting, f"{value:.3g}", window, "yes" if low <= value <= high else "**no**"])
-    parts = [markdown(["claim", "setting", "measured", "window", "met"], rows)]
+        rows.append([claim, setting, str(end), f"{value:.3g}", window, "yes" if low <= value <= high else "**no**"])
+    parts = [markdown(["claim", "setting", "T", "measured", "window", "met"], rows)]
     rows = []
     for game, theory in THEORY.items():
         for noise, expected in theory.items():
-            falls = [f"{curve('games', game=game, noise=noise, choice=c).slope:.2f}" for c in ("none", "bits4")]
-            rows.append([game, noise, expected, *falls])
-    parts.append(markdown(["game", "noise", "theory", "float32", "4 bits"], rows))
+            pair = [curve("games", game=game, noise=noise, choice=choice) for choice in ("none", "bits4")]
+            end = str(pair[0].iterations[-1])
+            rows.append([game, noise, end, expected, *(f"{one.slope:.2f}" for one in pair)])
+    parts.append(markdown(["game", "noise", "T", "theory", "float32", "4 bits"], rows))
     rows = []
     for choice in ("none", "bits4"):
         for ranks in PROCESSES["real_ranks"]:
             last = curve("real_ranks", choice=choice, ranks=ranks).last
             rows.append([choice, str(ranks), last["iteration"], f"{last['gap']} ± {last['standard_error']}"])
-    parts.append(markdown(["choice", "processes", "iterations", "gap"], rows))
+    parts.append(markdown(["choice", "processes", "T", "gap"], rows))
     return "\n\n".join(parts)
 
 

@@ -99,8 +99,9 @@ def test_sixteen_ranks_have_a_quarter_of_the_gap_of_one(rates):
 
 
 def test_plain_descent_diverges_on_the_bilinear_game(rates):
+    """Each step of size eta lengthens a direction by sqrt(1 + (eta sigma)^2): 1.04 for the largest, 1e9 after 512."""
     gaps = [float(row["gap"]) for row in rates.simulate(512, 8, method="sgd")]
-    assert all(later > 5 * sooner for sooner, later in zip(gaps, gaps[1:], strict=False))
+    assert gaps[-1] > 1e5 * gaps[0]
 
 
 def test_a_slope_is_fitted_to_the_last_octaves(rates):
