@@ -9,6 +9,7 @@ from hvd_qgenx.codec import Codec
 from hvd_qgenx.compression import Compression
 from hvd_qgenx.dual import QGenX
 from hvd_qgenx.extragradient import ExtraAdam, ExtraGradient, ExtraSGD
+from hvd_qgenx.games import Game
 from hvd_qgenx.levels import Levels
 from hvd_qgenx.payload import PayloadError
 from hvd_qgenx.quantize import Key
@@ -21,6 +22,7 @@ __all__ = [
     "ExtraAdam",
     "ExtraGradient",
     "ExtraSGD",
+    "Game",
     "Key",
     "Levels",
     "PayloadError",

@@ -111,7 +111,6 @@ class DistributedOptimizer(_Materialising):
         self._exchange = _make_exchange(compression, process_set, op, gradient_predivide_factor)
         self._describe()
         self._should_synchronize, self._synchronized, self._placeholder = True, False, False
-        self._look_ahead: list[Tensor | None] | None = None
         if hasattr(optimizer, "num_ranks"):
             optimizer.num_ranks = self._exchange.group.size
         self.__module__ = hvd.DistributedOptimizer.__module__  # see _Materialising
@@ -133,11 +132,14 @@ class DistributedOptimizer(_Materialising):
             self._names[p] = f"parameter.{len(self.param_groups) - 1}.{index}"
         self._describe()
 
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Accepted as Horovod's: gradients accumulate in ``p.grad`` whatever their number."""
+        check_integer("passes", passes, 1)
+
     def synchronize(self) -> None:
         """Exchanges gradients now, so that they can be looked at or clipped before the half-step that uses them."""
         self._begin()
-        stage = "step" if not self._extrapolates or self.optimizer.extrapolated else "extrapolation"
-        self._average(stage)
+        self._average("extrapolation" if self._two_exchanges and not self.extrapolated else "step")
         self._synchronized = True
 
     @contextmanager
@@ -158,7 +160,7 @@ class DistributedOptimizer(_Materialising):
         if not self._extrapolates:
             raise AttributeError(f"{type(self.optimizer).__name__} has no extrapolation(); wrap it in ExtraGradient")
         self._begin()
-        if self.optimizer.extrapolation_uses_gradient:
+        if self._two_exchanges:
             self._synchronize_unless_done("extrapolation")
         self.optimizer.extrapolation()
 
@@ -171,15 +173,12 @@ class DistributedOptimizer(_Materialising):
         return self.optimizer.step()
 
     def state_dict(self) -> dict:
-        """The optimizer's state with this wrapper's (exchange counter, codebook); equal on all ranks.
+        """The optimizer's state with this wrapper's (exchange counter, codebook); equal on all ranks, at any moment.
 
-        Raises:
-            RuntimeError: where Algorithm 1 on several ranks holds a vector of this rank's own, which no file that is
-                equal on all ranks can have: between its half-steps, and under its optimistic method always.
+        Loaded by another number of ranks it continues from the same point with the same step size and the same random
+        streams of the ranks that remain; under ``QGenX``, between its half-steps or with method="optimistic", each
+        rank takes the mean of all ranks' last vectors for its own in the next term of the step size.
         """
-        if self._look_ahead is not None:
-            raise RuntimeError("QGenX holds a vector of each rank's own now: take the checkpoint after step(), "
-                               "and not under method='optimistic'")  # fmt: skip
         self._recall()
         self.param_groups[0][_MEMORY] = {**self._exchange.state_dict(), "placeholder": self._placeholder}
         return super().state_dict()
@@ -191,8 +190,17 @@ class DistributedOptimizer(_Materialising):
         self._recall()
 
     @property
+    def extrapolated(self) -> bool:
+        """Whether parameters are at x_{t+1/2}, so that ``step`` is due; never, for a plain optimizer."""
+        return getattr(self.optimizer, "extrapolated", False)
+
+    @property
     def _extrapolates(self) -> bool:
         return hasattr(self.optimizer, "extrapolation")
+
+    @property
+    def _two_exchanges(self) -> bool:
+        return self._extrapolates and self.optimizer.extrapolation_uses_gradient
 
     def _recall(self) -> None:
         """Takes up what ``load_state_dict``, or a broadcast of what ``state_dict`` wrote, left in the first group."""
@@ -214,7 +222,7 @@ class DistributedOptimizer(_Materialising):
         if self.optimizer.extrapolated:
             raise RuntimeError("step(closure) starts at x_t, but parameters are at x_{t+1/2}: call step() alone")
         loss = None
-        if self.optimizer.extrapolation_uses_gradient:
+        if self._two_exchanges:
             loss = self._evaluate(closure, "extrapolation")
         self.optimizer.extrapolation()
         ahead = self._evaluate(closure, "step")
@@ -241,28 +249,33 @@ class DistributedOptimizer(_Materialising):
         """Replaces every gradient by the mean (or sum) over ranks: the one place that exchanges."""
         self._begin()
         parameters = self._parameters()
-        starts = stage == "extrapolation" or not self._extrapolates or not self.optimizer.extrapolation_uses_gradient
+        starts = stage == "extrapolation" or not self._two_exchanges
+        ends_difference = self._wants_difference and stage == "step"
+        before = self._look_ahead(parameters) if ends_difference else []  # now: new levels may come with `prepare`
         outgoing = self._exchange.prepare([self._gradient(p) for p in parameters], starts)
-        term = self._squared_difference(self._exchange.values(outgoing), stage) if self._wants_difference else 0.0
+        term = _squared_distance(before, self._exchange.values(outgoing)) if ends_difference else 0.0
         names = [self._names[p] for p in parameters]
-        means, terms = self._exchange.deliver(outgoing, stage, names, term)
+        means, terms = self._exchange.deliver(outgoing, stage, names, term, self._keeps(stage))
         for p, mean in zip(parameters, means, strict=True):
             _assign(p, mean)
-        if self._wants_difference and stage == "step":
+        if ends_difference:
             self.optimizer.squared_difference = sum(terms)
 
     @property
     def _wants_difference(self) -> bool:
         return self._exchange.group.size > 1 and hasattr(self.optimizer, "squared_difference")
 
-    def _squared_difference(self, values: list[Tensor | None], stage: str) -> float:
-        """This rank's ||V_t - V_{t+1/2}||^2 of decoded vectors, for Algorithm 1's step size."""
-        before, method = self._look_ahead, getattr(self.optimizer, "method", None)
-        self._look_ahead = values if stage == "extrapolation" or method == "optimistic" else None
-        if stage == "extrapolation":
-            return 0.0
-        pairs = zip(before or [None] * len(values), values, strict=True)
-        return sum(_squared_distance(first, second) for first, second in pairs)
+    def _keeps(self, stage: str) -> bool:
+        """Whether the next exchange needs this one's vectors again, for Algorithm 1's ||V_k,t - V_k,t+1/2||^2."""
+        optimistic = getattr(self.optimizer, "method", None) == "optimistic"
+        return self._wants_difference and (stage == "extrapolation" or optimistic)
+
+    def _look_ahead(self, parameters: list[Tensor]) -> list[Tensor | None]:
+        """This rank's V_k,t; where there is none, in a checkpoint of another number of ranks, their mean."""
+        if (kept := self._exchange.kept_values()) is not None:
+            return kept
+        vectors = [self.state.get(p, {}).get("look_ahead") for p in parameters]
+        return [None if v is None else v.detach().cpu().float().reshape(-1) for v in vectors]
 
     def _parameters(self) -> list[Tensor]:
         """All of them, frozen ones too: what is frozen may differ between ranks, and then only lacks a gradient."""
@@ -341,8 +354,11 @@ def _assign(p: Tensor, mean: Tensor | None) -> None:
         p.grad.copy_(value)
 
 
-def _squared_distance(first: Tensor | None, second: Tensor | None) -> float:
-    if first is None and second is None:
-        return 0.0
-    difference = second if first is None else first if second is None else first - second
-    return float(difference.double().square().sum())
+def _squared_distance(first: list[Tensor | None], second: list[Tensor | None]) -> float:
+    """The sum over pairs of ||a - b||^2 in float64; None, and a vector that was not sent, is zero."""
+    total = 0.0
+    for a, b in zip(first, second, strict=True):
+        present = [v for v in (a, b) if v is not None and len(v)]
+        difference = present[0] - present[1] if len(present) == 2 else present[0] if present else torch.zeros(0)
+        total += float(difference.double().square().sum())
+    return total

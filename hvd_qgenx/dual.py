@@ -3,13 +3,15 @@
     X_{t+1/2} = X_t - gamma_t V_t            Y_{t+1} = Y_t - V_{t+1/2}            X_{t+1} = X_1 + gamma_{t+1} Y_{t+1}
     gamma_t   = step_scale K (1 + sum_{i<t} sum_k ||V_k,i - V_k,i+1/2||^2)^(-1/2)
 
-V_t is the mean over the K ranks of the decoded vectors V_k,t. Knows nothing of communication: on several ranks the
-wrapper sets ``num_ranks``, averages gradients and sets ``squared_difference`` before ``step``.
+V_t is the mean over the K ranks of the decoded vectors V_k,t. The rates of the paper hold for the ergodic average
+(1/t) sum_{i<=t} X_{i+1/2}, which ``averaged`` shows. Knows nothing of communication: on several ranks the wrapper sets
+``num_ranks``, averages gradients and sets ``squared_difference`` before ``step``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 
@@ -20,6 +22,9 @@ METHODS = ("dual_averaging", "dual_extrapolation", "optimistic")
 
 class QGenX(torch.optim.Optimizer):
     """Q-GenX's update rule; needs no Lipschitz constant, no noise level and no learning rate.
+
+    On a closed convex set, project parameters onto it after each half-step: that is the method with the set's
+    Euclidean projection as its mirror map.
 
     Args:
         params: as for any torch optimizer.
@@ -32,12 +37,14 @@ class QGenX(torch.optim.Optimizer):
 
     def __init__(self, params, method: str = "dual_extrapolation", step_scale: float = 1.0):
         check_choice("method", method, METHODS)
-        super().__init__(params, {"method": method, "step_scale": check_positive("step_scale", step_scale)})
-        self.num_ranks = 1
+        check_positive("step_scale", step_scale)
+        super().__init__(params, {"method": method, "step_scale": float(step_scale), "iterations": 0})
         #: sum over ranks of ||V_k,t - V_k,t+1/2||^2 for the coming step; None means this process is alone.
         self.squared_difference: float | None = None
-        self.param_groups[0].setdefault("sum_of_squares", 0.0)
-        self.param_groups[0].setdefault("extrapolated", False)
+        self._shows_average = False
+        first = self.param_groups[0]
+        for name, value in (("sum_of_squares", 0.0), ("extrapolated", False), ("num_ranks", 1)):
+            first.setdefault(name, value)
 
     @property
     def method(self) -> str:
@@ -54,6 +61,19 @@ class QGenX(torch.optim.Optimizer):
         return self.param_groups[0]["extrapolated"]
 
     @property
+    def num_ranks(self) -> int:
+        """K. Setting it on the way keeps gamma_t as it is: 1 + sum becomes (K_new / K_old)^2 (1 + sum)."""
+        return self.param_groups[0]["num_ranks"]
+
+    @num_ranks.setter
+    def num_ranks(self, value: int) -> None:
+        first = self.param_groups[0]
+        if first["sum_of_squares"] != 0.0 and value != first["num_ranks"]:
+            # Otherwise X_{t+1} = X_1 + gamma_{t+1} Y_{t+1} would jump: gamma weighs all that was summed so far.
+            first["sum_of_squares"] = (value / first["num_ranks"]) ** 2 * (1.0 + first["sum_of_squares"]) - 1.0
+        first["num_ranks"] = value
+
+    @property
     def gamma(self) -> float:
         """The step size gamma_t."""
         first = self.param_groups[0]
@@ -62,6 +82,7 @@ class QGenX(torch.optim.Optimizer):
     @torch.no_grad()
     def extrapolation(self) -> None:
         """Moves to X_{t+1/2}."""
+        self._check_place()
         for p in self._parameters():
             state = self._initial_state(p)
             if self.extrapolation_uses_gradient:
@@ -76,6 +97,7 @@ class QGenX(torch.optim.Optimizer):
         Raises:
             RuntimeError: without a closure, if there was no ``extrapolation`` since the last step.
         """
+        self._check_place()
         loss = self._closure_iteration(closure) if closure is not None else None
         if not self.extrapolated:
             raise RuntimeError("step() needs an extrapolation() before it, or a closure")
@@ -84,10 +106,41 @@ class QGenX(torch.optim.Optimizer):
             self._local_difference() if self.squared_difference is None else self.squared_difference
         )
         self.squared_difference = None
-        for p in self._parameters():
-            self._advance(p)
+        for group in self.param_groups:
+            group["iterations"] += 1
+            for p in filter(_takes_part, group["params"]):
+                self._advance(p, group["iterations"])
         first["extrapolated"] = False
         return loss
+
+    @contextmanager
+    def averaged(self):
+        """In this context parameters are their ergodic average, (1/t) sum_{i<=t} X_{i+1/2}; afterwards as before.
+
+        Example:
+            >>> with optimizer.averaged():
+            ...     evaluate(model)
+        """
+        self._check_place()
+        pairs = [(p, self.state[p]["average"]) for p in self._parameters() if "average" in self.state.get(p, ())]
+        here = [p.detach().clone() for p, _ in pairs]
+        self._shows_average = True
+        try:
+            _assign([p for p, _ in pairs], [average for _, average in pairs])
+            yield
+        finally:
+            _assign([p for p, _ in pairs], here)
+            self._shows_average = False
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continues exactly from a ``state_dict``; from one of another number of ranks with the same gamma_t."""
+        here = self.num_ranks
+        super().load_state_dict(state_dict)
+        self.num_ranks = here
+
+    def _check_place(self) -> None:
+        if self._shows_average:
+            raise RuntimeError("parameters are their average inside averaged(): leave it before you go on")
 
     def _closure_iteration(self, closure: Callable):
         if self.extrapolated:
@@ -99,12 +152,13 @@ class QGenX(torch.optim.Optimizer):
             ahead = closure()
         return ahead if loss is None else loss
 
-    def _advance(self, p: torch.Tensor) -> None:
-        state = self.state[p]
+    def _advance(self, p: torch.Tensor, iteration: int) -> None:
+        state = self._initial_state(p)
         gradient = torch.zeros_like(p) if p.grad is None else p.grad
         state["dual"].sub_(gradient)
         if self.method == "optimistic":
             state["look_ahead"].copy_(gradient)
+        state["average"].lerp_(p, 1.0 / iteration)
         p.copy_(state["start"] + self.gamma * state["dual"])
 
     def _local_difference(self) -> float:
@@ -115,8 +169,20 @@ class QGenX(torch.optim.Optimizer):
     def _initial_state(self, p: torch.Tensor) -> dict:
         state = self.state[p]
         if not state:
-            state.update(start=p.detach().clone(), dual=torch.zeros_like(p), look_ahead=torch.zeros_like(p))
+            start = p.detach().clone()
+            zeros = {name: torch.zeros_like(start) for name in ("dual", "look_ahead", "average")}
+            state.update(start=start, **zeros)
         return state
 
     def _parameters(self) -> list[torch.Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return [p for group in self.param_groups for p in group["params"] if _takes_part(p)]
+
+
+def _takes_part(p: torch.Tensor) -> bool:
+    return p.requires_grad
+
+
+@torch.no_grad()
+def _assign(parameters: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    for p, value in zip(parameters, values, strict=True):
+        p.copy_(value)

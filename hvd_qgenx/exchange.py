@@ -3,6 +3,9 @@
 An exchange averages a list of tensors over ranks. Every kind has the same three verbs: ``prepare`` makes of a rank's
 tensors what it will send, ``values`` are what the others will see of it, ``deliver`` sends it and returns the means. A
 parameter may be absent (None) on some ranks, which counts as zero, or on all, which stays None.
+
+Algorithm 1 needs a rank's own vector again, in the next exchange. ``deliver(keep=True)`` keeps it, and keeps those of
+all ranks, so that ``state_dict`` is equal on all of them.
 """
 
 from __future__ import annotations
@@ -68,6 +71,8 @@ class Exchange:
         self.step = 0
         self.iteration = 0
         self.description: list[str] = []
+        #: What every rank sent in the last exchange, if it was to be kept.
+        self.kept: list[Tensor] | None = None
         self._agreed = False
 
     @property
@@ -126,12 +131,23 @@ class Exchange:
         """What the other ranks will see of this rank's tensors, as float vectors."""
         return _cut(outgoing.vector, outgoing.sizes, outgoing.present)
 
+    def kept_values(self) -> list[Tensor | None] | None:
+        """What ``values`` was in the last exchange; None if it was not kept."""
+        return None if self.kept is None else self._own(self.kept[self.group.rank])
+
+    def _own(self, sent: Tensor) -> list[Tensor | None]:
+        raise NotImplementedError
+
     def state_dict(self) -> dict:
         """Equal on all ranks."""
-        return {"step": self.step, "iteration": self.iteration}
+        kept = None if self.kept is None else [sent.clone() for sent in self.kept]
+        return {"step": self.step, "iteration": self.iteration, "settings": self.settings_lines(), "kept": kept}
 
     def load_state_dict(self, state: dict) -> None:
+        """Continues exactly; what was kept by another number of ranks or under other settings is dropped."""
         self.step, self.iteration = state["step"], state["iteration"]
+        kept = state["kept"] if state["settings"] == self.settings_lines() else None
+        self.kept = kept if kept is not None and len(kept) == self.group.size else None
 
 
 class NoExchange(Exchange):
@@ -141,7 +157,7 @@ class NoExchange(Exchange):
         self.iteration += starts_iteration
         return _outgoing(tensors, [tensor.detach().reshape(-1) for tensor in tensors if tensor is not None])
 
-    def deliver(self, outgoing: Outgoing, stage: str, names: Sequence[str], term: float = 0.0):
+    def deliver(self, outgoing: Outgoing, stage: str, names: Sequence[str], term: float = 0.0, keep: bool = False):
         self.step += 1
         return self.values(outgoing), [term]
 
@@ -150,13 +166,14 @@ class DenseExchange(Exchange):
     """The mean by allreduce of one fused vector under any of Horovod's own compressors (none, fp16).
 
     A small allgather goes first: it says which parameters each rank has, so that no rank sends a parameter that none
-    of them has, and carries the ranks' terms.
+    of them has, and carries the ranks' terms. Where vectors are kept it is an allgather instead.
     """
 
     def __init__(self, compression, process_set=None, op=hvd.Average, predivide: float = 1.0):
         super().__init__(process_set, op)
         self.compression, self.predivide = compression, predivide
         self.dtype = torch.float32
+        self.kept_sizes: list[int] = []
 
     def describe(self, lines: Sequence[str], dtypes: Sequence[torch.dtype]) -> None:
         """All parameters travel in one vector, of a type that holds them all and that Horovod can reduce."""
@@ -177,14 +194,16 @@ class DenseExchange(Exchange):
         rounded = self.compression.decompress(*self.compression.compress(outgoing.vector))
         return _cut(rounded, outgoing.sizes, outgoing.present)
 
-    def deliver(self, outgoing: Outgoing, stage: str, names: Sequence[str], term: float = 0.0):
+    def deliver(self, outgoing: Outgoing, stage: str, names: Sequence[str], term: float = 0.0, keep: bool = False):
         sizes = torch.tensor(outgoing.sizes, dtype=torch.int64)
         here = torch.tensor(outgoing.present, dtype=torch.int64)
         body = torch.stack((here, sizes)).view(torch.uint8).view(-1)
         records, bodies = self.group.gather_records(self.record(stage, term), body)
         others = torch.stack([other.clone().view(torch.int64).view(2, -1) for other in bodies])
         present, common = others[:, 0].amax(dim=0).bool().tolist(), others[:, 1].amax(dim=0).tolist()
-        mean = self._allreduce(self._filled(outgoing, common))
+        self.kept = None
+        mean = (self._allgather if keep else self._allreduce)(self._filled(outgoing, common))
+        self.kept_sizes = common
         self.step += 1
         means = self.check_finite(_cut(mean, common, present), names)
         return means, [record.term for record in records]
@@ -194,6 +213,23 @@ class DenseExchange(Exchange):
         parts = zip(outgoing.vector.split(list(outgoing.sizes)), common, strict=True)
         vectors = [part if len(part) else torch.zeros(size, dtype=self.dtype) for part, size in parts]
         return torch.cat(vectors) if vectors else outgoing.vector
+
+    def _allgather(self, vector: Tensor) -> Tensor:
+        compressed, context = self.compression.compress(vector)
+        _, bodies = self.group.gather_records(self.record("vectors"), compressed.view(torch.uint8))
+        received = [body.clone().view(compressed.dtype) for body in bodies]
+        self.kept = [self.compression.decompress(one, context) for one in received]
+        return _mean(self.kept, 1 if self.op == hvd.Sum else len(self.kept))
+
+    def _own(self, sent: Tensor) -> list[Tensor | None]:
+        return list(sent.split(self.kept_sizes))
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "kept_sizes": self.kept_sizes}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.kept_sizes = state.get("kept_sizes", [])
 
     def _allreduce(self, vector: Tensor) -> Tensor:
         compressed, context = self.compression.compress(vector)
@@ -269,8 +305,12 @@ class PayloadExchange(Exchange):
         self.step += 1
         return Gathered(self.codec, records, payloads)
 
-    def deliver(self, outgoing: Outgoing, stage: str, names: Sequence[str], term: float = 0.0):
+    def _own(self, sent: Tensor) -> list[Tensor | None]:
+        return list(self.codec.decode_mean([sent]).split(list(parse(sent).header.sizes)))
+
+    def deliver(self, outgoing: Outgoing, stage: str, names: Sequence[str], term: float = 0.0, keep: bool = False):
         gathered = self.gather(outgoing, self.record(stage, term))
+        self.kept = gathered.payloads if keep else None
         means = [gathered.mean_of_present(index) for index in range(len(outgoing.sizes))]
         scale = self.group.size if self.op == hvd.Sum else 1
         means = self.check_finite([mean if mean is None else mean * scale for mean in means], names)
@@ -281,7 +321,6 @@ class PayloadExchange(Exchange):
         counts = None if self.codec.counts is None else list(self.codec.counts)
         return {
             **super().state_dict(),
-            "settings": self.settings.describe(),
             "version": self.version,
             "first_fit_at": self.first_fit_at,
             "levels": list(self.codec.levels.values),
@@ -291,7 +330,7 @@ class PayloadExchange(Exchange):
     def load_state_dict(self, state: dict) -> None:
         """Continues exactly; from a state of other settings, with the counters alone and levels fitted anew."""
         super().load_state_dict(state)
-        if state.get("settings") != self.settings.describe():
+        if state["settings"] != self.settings_lines():
             self.first_fit_at = max(self.iteration, 1)
             return
         self.first_fit_at = state["first_fit_at"]

@@ -3,14 +3,17 @@
     x_{t+1/2} = x_t + update(g(x_t))
     x_{t+1}   = x_t + update(g(x_{t+1/2}))
 
-Knows nothing of communication. The point x_t is saved in the optimizer's own state ("anchor"), so that a checkpoint
-between the two half-steps loses nothing. Source: Korpelevich (1976); for GANs Gidel et al. (2019), algorithm 2.
+With ``past=True`` the first line uses g(x_{t-1/2}), the gradient of the last step, and an iteration needs one gradient
+instead of two. Knows nothing of communication. The point x_t and that gradient are saved in the optimizer's own state
+("anchor", "past"), so that a checkpoint between the two half-steps loses nothing. Source: Korpelevich (1976), Popov
+(1980); for GANs Gidel et al. (2019), algorithms 2 and 3.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -61,7 +64,12 @@ class ExtraGradient(OptimizerView):
     """Extra-gradient whose update rule is that of ``base_optimizer``.
 
     The base's moments advance in both half-steps, as in Gidel et al. A closure given to ``step`` is evaluated at both
-    points.
+    points, or with ``past=True`` at x_{t+1/2} alone.
+
+    Args:
+        base_optimizer: any torch optimizer that makes one move a step; not LBFGS.
+        past: extrapolation from the past, also called optimistic: ``extrapolation`` needs no gradient and ignores
+            those present; it uses the gradient of the last ``step``, zero before the first.
 
     Example:
         >>> optimizer = ExtraGradient(torch.optim.RMSprop(model.parameters(), lr=1e-3))
@@ -69,11 +77,9 @@ class ExtraGradient(OptimizerView):
         >>> optimizer.zero_grad(); loss().backward(); optimizer.step()
     """
 
-    #: Whether ``extrapolation`` reads gradients; a distributed wrapper asks, to know if there is one to exchange.
-    extrapolation_uses_gradient = True
-
-    def __init__(self, base_optimizer: torch.optim.Optimizer):
+    def __init__(self, base_optimizer: torch.optim.Optimizer, past: bool = False):
         super().__init__(base_optimizer)
+        self.past = check_type("past", past, bool)
         if hasattr(base_optimizer, "extrapolation") or isinstance(base_optimizer, torch.optim.LBFGS):
             raise ValueError(f"base_optimizer must make one move a step, {type(base_optimizer).__name__} does not")
         for group in self.param_groups:
@@ -81,11 +87,18 @@ class ExtraGradient(OptimizerView):
         # Where the base has made its state already, ours is there from the start too: all ranks then hold the same.
         for p, state in self.state.items():
             state["anchor"] = p.detach().clone()
+            if past:
+                state["past"] = torch.zeros_like(p)
 
     def add_param_group(self, param_group: dict) -> None:
         """Adds a group of parameters."""
         super().add_param_group(param_group)
         _prepare(self.param_groups[-1])
+
+    @property
+    def extrapolation_uses_gradient(self) -> bool:
+        """Whether ``extrapolation`` reads gradients; a distributed wrapper asks if there is one to exchange."""
+        return not self.past
 
     @property
     def extrapolated(self) -> bool:
@@ -95,17 +108,31 @@ class ExtraGradient(OptimizerView):
     @torch.no_grad()
     def extrapolation(self) -> None:
         """Moves to x_{t+1/2}. A second call before ``step`` moves on from there; ``step`` still starts at x_t."""
-        first = not self.extrapolated
-        here = {p: p.clone() for p in self._moving()}
-        self.optimizer.step()
-        for p, x in here.items():
-            if first or "anchor" not in self.state[p]:
-                self.state[p]["anchor"] = x
+        with self._past_gradients() if self.past else nullcontext():
+            first = not self.extrapolated
+            here = {p: p.clone() for p in self._moving()}
+            self.optimizer.step()
+            for p, x in here.items():
+                if first or "anchor" not in self.state[p]:
+                    self.state[p]["anchor"] = x
         self._set_extrapolated(True)
+
+    @contextmanager
+    def _past_gradients(self):
+        """In this context gradients are those of the last step, or zero where there was no step yet."""
+        present = {p: p.grad for p in self._parameters()}
+        begins = not any("past" in self.state.get(p, ()) for p in present)
+        for p in present:
+            p.grad = torch.zeros_like(p) if begins and p.requires_grad else self.state.get(p, {}).get("past")
+        try:
+            yield
+        finally:
+            for p, gradient in present.items():
+                p.grad = gradient
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        """Moves to x_{t+1}. With a closure it makes the whole iteration and returns the loss at x_t.
+        """Moves to x_{t+1}. With a closure it makes the whole iteration and returns the first loss.
 
         Raises:
             RuntimeError: without a closure, if there was no ``extrapolation`` since the last step; with one, if there
@@ -115,15 +142,25 @@ class ExtraGradient(OptimizerView):
         if closure is not None:
             if self.extrapolated:
                 raise RuntimeError("step(closure) starts at x_t, but parameters are at x_{t+1/2}: call step() alone")
-            with torch.enable_grad():
-                loss = closure()
-            self.extrapolation()
-            with torch.enable_grad():
-                closure()
+            loss = self._closure_iteration(closure)
         if not self.extrapolated:
             raise RuntimeError("step() needs an extrapolation() before it, or a closure")
+        gradients = {p: None if p.grad is None else p.grad.clone() for p in self._parameters()} if self.past else {}
         self._step_from_anchor()
+        # After the base's step: a base takes a state with something in it for one that it has made.
+        for p, gradient in gradients.items():
+            if gradient is not None:
+                self.state[p]["past"] = gradient
+            elif p in self.state:
+                self.state[p].pop("past", None)
         return loss
+
+    @torch.enable_grad()
+    def _closure_iteration(self, closure: Callable):
+        loss = closure() if self.extrapolation_uses_gradient else None
+        self.extrapolation()
+        ahead = closure()
+        return ahead if loss is None else loss
 
     def _step_from_anchor(self) -> None:
         ahead = {p: p.clone() for p in self._moving()}
@@ -136,8 +173,10 @@ class ExtraGradient(OptimizerView):
 
     def _moving(self) -> list[torch.Tensor]:
         """Parameters that have a gradient now, or had one in an earlier half-step."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        return [p for p in parameters if p.grad is not None or "anchor" in self.state.get(p, ())]
+        return [p for p in self._parameters() if p.grad is not None or "anchor" in self.state.get(p, ())]
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _set_extrapolated(self, value: bool) -> None:
         for group in self.param_groups:
@@ -152,17 +191,19 @@ def _prepare(group: dict) -> None:
 
 
 class ExtraSGD(ExtraGradient):
-    """``ExtraGradient(torch.optim.SGD(params, ...))``; arguments as there."""
+    """``ExtraGradient(torch.optim.SGD(params, ...), past)``; arguments as there."""
 
-    def __init__(self, params, lr: float = 1e-3, **options):
-        super().__init__(torch.optim.SGD(params, lr=lr, **options))
+    def __init__(self, params, lr: float = 1e-3, *, past: bool = False, **options):
+        super().__init__(torch.optim.SGD(params, lr=lr, **options), past)
 
 
 class ExtraAdam(ExtraGradient):
-    """``ExtraGradient(torch.optim.Adam(params, ...))``; arguments as there.
+    """``ExtraGradient(torch.optim.Adam(params, ...), past)``; arguments as there.
 
-    Source: Gidel et al. (2019), algorithm 4.
+    Source: Gidel et al. (2019), algorithm 4; ``past=True`` is its option 1.
     """
 
-    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), **options):
-        super().__init__(torch.optim.Adam(params, lr=lr, betas=betas, **options))
+    def __init__(
+        self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), *, past: bool = False, **options
+    ):
+        super().__init__(torch.optim.Adam(params, lr=lr, betas=betas, **options), past)

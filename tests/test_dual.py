@@ -88,3 +88,77 @@ def test_a_wrong_argument_is_named(options, message):
 def test_step_without_extrapolation_says_what_is_missing():
     with pytest.raises(RuntimeError, match=r"step\(\) needs an extrapolation\(\)"):
         QGenX([torch.zeros(1, requires_grad=True)]).step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_ergodic_average_is_that_of_the_half_points(method):
+    x, y, gradients = game()
+    optimizer = QGenX([x, y], method=method)
+    halves = []
+    for _ in range(5):
+        gradients()
+        optimizer.extrapolation()
+        halves.append([x.item(), y.item()])
+        gradients()
+        optimizer.step()
+    here = [x.item(), y.item()]
+    with optimizer.averaged():
+        # A running mean rounds once for each of 5 points.
+        assert [x.item(), y.item()] == pytest.approx([sum(h) / 5 for h in zip(*halves, strict=True)], rel=1e-14)
+    assert [x.item(), y.item()] == here
+
+
+def test_the_average_of_a_group_added_later_starts_there():
+    x, y, gradients = game()
+    optimizer = QGenX([x])
+    iterate(optimizer, gradients, 3)
+    optimizer.add_param_group({"params": [y]})
+    gradients()
+    optimizer.extrapolation()
+    half = y.item()
+    gradients()
+    optimizer.step()
+    with optimizer.averaged():
+        assert y.item() == half
+
+
+def test_nothing_moves_on_from_the_average():
+    x, y, gradients = game()
+    optimizer = QGenX([x, y])
+    iterate(optimizer, gradients)
+    with optimizer.averaged():
+        for half_step in (optimizer.extrapolation, optimizer.step):
+            with pytest.raises(RuntimeError, match=r"inside averaged\(\): leave it"):
+                half_step()
+    iterate(optimizer, gradients)
+
+
+def test_another_number_of_ranks_on_the_way_keeps_the_step_size():
+    """X_{t+1} = X_1 + gamma_{t+1} Y_{t+1}: a step size that jumped would take the point with it."""
+    x, y, gradients = game()
+    optimizer = QGenX([x, y])
+    optimizer.num_ranks = 4
+    assert optimizer.gamma == 4.0, "nothing was summed yet: K of the formula"
+    iterate(optimizer, gradients, 3)
+    before = optimizer.gamma
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.num_ranks = 2
+    # Both directions are a few float64 roundings of a square and a root.
+    assert optimizer.num_ranks == 2 and optimizer.gamma == pytest.approx(before, rel=1e-14)
+    alone = QGenX([x, y])
+    alone.load_state_dict(saved)
+    assert alone.num_ranks == 1 and alone.gamma == pytest.approx(before, rel=1e-14)
+
+
+def test_projecting_after_each_half_step_stays_in_the_set_and_converges():
+    """min_x max_y x y + x / 2 - y over |x|, |y| <= 1/4: the gradients point out of the box at the solution."""
+    x, y, _ = game()
+    optimizer = QGenX([x, y])
+    for _ in range(400):
+        for half_step in (optimizer.extrapolation, optimizer.step):
+            x.grad, y.grad = y.detach() + 0.5, 1 - x.detach()
+            half_step()
+            with torch.no_grad():
+                x.clamp_(-0.25, 0.25)
+                y.clamp_(-0.25, 0.25)
+    assert (x.item(), y.item()) == (-0.25, -0.25)

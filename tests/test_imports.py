@@ -29,6 +29,7 @@ ROOMS = [
     "compression",
     "extragradient",
     "dual",
+    "games",
     "distributed",
 ]
 

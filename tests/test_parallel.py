@@ -18,6 +18,7 @@ RUNS = [
     ("gloo", 2, "check_dropin.py"),
     ("gloo", 2, "check_wrapper.py"),
     ("gloo", 2, "check_bytes.py"),
+    ("gloo", 2, "check_recipes.py"),
     ("mpi", 2, "check_dropin.py"),
     ("mpi", 2, "check_wrapper.py"),
 ]

@@ -5,6 +5,7 @@ import inspect
 import horovod.torch as hvd
 import pytest
 import torch
+from horovod.torch.optimizer import _DistributedOptimizer
 
 import hvd_qgenx
 from hvd_qgenx.extragradient import OptimizerView
@@ -37,6 +38,17 @@ def test_methods_have_the_parameters_of_torchs_optimizer():
             assert _parameters(getattr(cls, name)) == _parameters(method), f"{cls.__name__}.{name}"
             found += 1
     assert found >= 15, "the discovery found too little"
+
+
+def test_the_wrapper_has_horovods_methods_with_their_parameters():
+    """All public ones of Horovod's own class; zero_grad and load_state_dict have those of torch's, see above."""
+    own = vars(_DistributedOptimizer).items()
+    methods = {name: f for name, f in own if inspect.isfunction(f) and not name.startswith("_")}
+    for name in ("zero_grad", "load_state_dict"):
+        del methods[name]
+    for name, method in methods.items():
+        assert _parameters(getattr(hvd_qgenx.DistributedOptimizer, name)) == _parameters(method), name
+    assert set(methods) == {"synchronize", "skip_synchronize", "step", "set_backward_passes_per_step"}
 
 
 def test_the_wrapper_takes_every_keyword_of_horovods_and_exchange():

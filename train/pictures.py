@@ -33,3 +33,24 @@ def save_curves(folder: Path) -> None:
         axes.legend()
     figure.savefig(folder / "curves.png", dpi=120)
     pyplot.close(figure)
+
+
+def save_gap(folder: Path) -> None:
+    """Writes gap.png from metrics.jsonl: the gap against iterations and against bytes, and the theory's slopes."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for axis, key, label in ((axes[0], "iteration", "iterations"), (axes[1], "bytes_sent", "bytes sent by one rank")):
+        axis.loglog([max(row[key], 1) for row in rows], [row["gap"] for row in rows], marker="o", label="gap")
+        axis.set_xlabel(label)
+    first = rows[0]
+    for power, style in ((-0.5, ":"), (-1.0, "--")):
+        line = [first["gap"] * (row["iteration"] / first["iteration"]) ** power for row in rows]
+        axes[0].loglog([row["iteration"] for row in rows], line, style, color="grey", label=f"T^{power}")
+    axes[0].set_ylabel("restricted gap of the average")
+    axes[0].legend()
+    figure.savefig(folder / "gap.png", dpi=120)
+    pyplot.close(figure)

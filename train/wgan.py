@@ -16,12 +16,10 @@ weights.pt and summary.json. Ctrl-C ends all ranks, keeps what there is, and cou
 """
 import argparse
 import copy
-import hashlib
 import json
 import math
 import os
 import platform
-import signal
 import sys
 import time
 from pathlib import Path
@@ -31,11 +29,20 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 from data import CHOICES, SourceError, load_images, minibatches
-from horovod.common.exceptions import HorovodInternalError
+from job import (
+    TrainingError,
+    check_replicas,
+    fraction,
+    open_folder,
+    positive,
+    progress_bar,
+    random_stream,
+    run,
+    whole,
+)
 from models import Critic, Generator, count_parameters, critic_loss, generator_loss
 from pictures import save_curves, save_grid
 from torch import nn
-from tqdm import tqdm
 
 import hvd_qgenx
 
@@ -56,10 +63,6 @@ COMPRESSIONS = {
 }
 BETAS = (0.5, 0.9)
 SAMPLES = 64
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; raised on all ranks, with one sentence."""
 
 
 def fixed_width(bits: int, seed: int):
@@ -101,73 +104,7 @@ def parse_flags() -> argparse.Namespace:
     return flags
 
 
-def whole(least: int):
-    def parse(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-    return parse
-
-
-def positive(text: str) -> float:
-    return number(text, lambda value: 0 < value < math.inf, "a positive number")
-
-
-def fraction(text: str) -> float:
-    return number(text, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
-
-
-def number(text: str, allowed, what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not allowed(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return value
-
-
-# ---- random numbers and replicas ---------------------------------------------------------------------------------
-
-
-def random_stream(seed: int, rank: int, purpose: int, device: str) -> torch.Generator:
-    """An own stream for every (seed, rank, purpose). The words are mixed: seed 0 of rank 1 is not seed 1 of rank 0."""
-    word = np.random.SeedSequence((seed, rank, purpose)).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(word))
-
-
-def replica_hash(networks: list[nn.Module]) -> torch.Tensor:
-    """sha256 of the bytes of all parameters in order: uint8 of shape (1, 32)."""
-    digest = hashlib.sha256()
-    for network in networks:
-        for parameter in network.parameters():
-            digest.update(parameter.detach().cpu().contiguous().numpy())
-    return torch.tensor([list(digest.digest())], dtype=torch.uint8)
-
-
-def check_replicas(networks: list[nn.Module], iteration: int) -> None:
-    """Raises TrainingError on all ranks, naming those whose parameters are not bit for bit those of rank 0."""
-    hashes = hvd.allgather(replica_hash(networks), name="train.replicas")
-    different = [str(rank) for rank in range(len(hashes)) if not torch.equal(hashes[rank], hashes[0])]
-    if different:
-        raise TrainingError(f"After iteration {iteration} the parameters of rank {', '.join(different)} "
-                            "differ from those of rank 0.")
-
-
 # ---- what rank 0 writes ------------------------------------------------------------------------------------------
-
-
-class Lines:
-    """Where the progress bar writes. Under horovodrun that is a pipe which passes on whole lines only, so each state of
-    the bar becomes a line; no guess of a width, one line every five seconds.
-    """
-
-    def write(self, text: str) -> None:
-        if state := text.strip():
-            print(state, file=sys.stderr, flush=True)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
 
 
 class Log:
@@ -178,24 +115,9 @@ class Log:
         self.active = hvd.rank() == 0
         self.last = {"iteration": 0, "seconds": 0.0}
         self.start = time.monotonic()
-        problem = self.open(config) if self.active else None
-        if problem := hvd.broadcast_object(problem, 0, name="train.folder"):
-            raise TrainingError(problem)
-        self.bar = tqdm(total=flags.iterations, disable=not self.active, mininterval=5, miniters=1, ascii=True,
-                        file=Lines(),
-                        bar_format="{percentage:3.0f}% {n}/{total} {elapsed}<{remaining} {rate_noinv_fmt} {postfix}")
-
-    def open(self, config: dict) -> str | None:
-        """Creates the folder with config.json; returns one sentence if that is not possible."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if (self.folder / "config.json").exists():
-                return f"{self.folder} already holds a run; choose another --out."
-            (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            self.metrics = self.folder / "metrics.jsonl"
-        except OSError as error:
-            return f"The folder of the run cannot be written: {error}."
-        return None
+        open_folder(self.folder, config)
+        self.metrics = self.folder / "metrics.jsonl"
+        self.bar = progress_bar(flags.iterations)
 
     def row(self, row: dict) -> None:
         if not self.active:
@@ -226,12 +148,12 @@ class Log:
               f"{communication}; {self.folder}", flush=True)
 
 
-def describe(flags: argparse.Namespace, origin: str, networks: dict[str, nn.Module]) -> dict:
+def describe(flags: argparse.Namespace, origin: str, game: hvd_qgenx.Game) -> dict:
     """What config.json says: every flag, and all else that is needed to repeat the run."""
     return {
         **{name: str(value) if isinstance(value, Path) else value for name, value in vars(flags).items()},
         "world_size": hvd.size(), "batch_per_rank": flags.batch // hvd.size(), "betas": BETAS, "images": origin,
-        "parameters": {name: count_parameters(network) for name, network in networks.items()},
+        "parameters": {name: count_parameters(network) for name, network in game.items()},
         "threads_per_rank": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                      "horovod": horovod.__version__,
@@ -252,19 +174,16 @@ def train(flags: argparse.Namespace) -> None:
     batches = minibatches(images, flags.batch // hvd.size(), flags.seed, hvd.rank(), hvd.size())
 
     torch.manual_seed(flags.seed)  # for the weights alone; whatever other ranks draw, rank 0's are broadcast
-    generator = Generator(flags.width, flags.latent).to(flags.device)
-    critic = Critic(flags.width).to(flags.device)
+    game = hvd_qgenx.Game({"generator": Generator(flags.width, flags.latent), "critic": Critic(flags.width)})
+    generator, critic = game.to(flags.device).values()
     average = copy.deepcopy(generator).requires_grad_(False)
-    networks = {"generator": generator, "critic": critic}
 
     opt = hvd_qgenx.DistributedOptimizer(
         hvd_qgenx.ExtraAdam([{"params": generator.parameters(), "lr": flags.lr_generator},
                              {"params": critic.parameters(), "lr": flags.lr_critic}], betas=BETAS),
-        named_parameters=[(f"{player}.{name}", parameter) for player, network in networks.items()
-                          for name, parameter in network.named_parameters()],
+        named_parameters=game.named_parameters(),
         compression=COMPRESSIONS[flags.compression](flags.seed))
-    for player, network in networks.items():
-        hvd.broadcast_parameters({f"{player}.{name}": t for name, t in network.state_dict().items()}, root_rank=0)
+    hvd.broadcast_parameters(game.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(opt, root_rank=0)
     average.load_state_dict(generator.state_dict())
 
@@ -279,11 +198,9 @@ def train(flags: argparse.Namespace) -> None:
         mixing = torch.rand(len(real), 1, 1, 1, generator=stream, device=flags.device)
         fake = generator(noise)
         opt.zero_grad()
-        # `inputs` keeps each loss to its own player: no gradient of one player's loss reaches the other's parameters.
         loss_critic = critic_loss(critic, real, fake, mixing, flags.penalty)
-        loss_critic.backward(inputs=list(critic.parameters()))
         loss_generator = generator_loss(critic, fake)
-        loss_generator.backward(inputs=list(generator.parameters()))
+        game.backward(generator=loss_generator, critic=loss_critic)  # to each player the gradient of its own loss
         return loss_generator.detach(), loss_critic.detach()
 
     def sample(iteration: int) -> None:
@@ -297,7 +214,7 @@ def train(flags: argparse.Namespace) -> None:
         *mean, seconds = hvd.allreduce(values.cpu(), name="train.log").tolist()
         if not all(map(math.isfinite, mean)):
             raise TrainingError(f"The losses are not finite at iteration {iteration}; lower the learning rates.")
-        exchanged = 2 * iteration * sum(map(count_parameters, networks.values()))
+        exchanged = 2 * iteration * count_parameters(game)
         log.row({"iteration": iteration, "seconds": round(seconds, 3),
                  "loss_generator": mean[0], "loss_critic": mean[1],
                  "bytes_sent": opt.communication.bytes_sent, "bytes_float32": 4 * exchanged,
@@ -305,7 +222,7 @@ def train(flags: argparse.Namespace) -> None:
                  "variance": opt.communication.variance})
         return seconds
 
-    log = Log(flags, describe(flags, origin, networks))
+    log = Log(flags, describe(flags, origin, game))
     sample(0)
     try:
         for iteration in range(1, flags.iterations + 1):
@@ -326,11 +243,11 @@ def train(flags: argparse.Namespace) -> None:
             if iteration % flags.sample_every == 0 or last:
                 sample(iteration)
             if flags.check_replicas and (iteration % flags.check_replicas == 0 or last):
-                check_replicas(list(networks.values()), iteration)
+                check_replicas(list(game.parameters()), iteration)
             if last:
                 break
         if log.active:
-            keep(log.folder, {**networks, "average": average})
+            keep(log.folder, {**game, "average": average})
     except KeyboardInterrupt:
         log.finish("Stopped", opt.communication)
         raise
@@ -346,36 +263,6 @@ def keep(folder: Path, networks: dict[str, nn.Module]) -> None:
         print("No curves.png: matplotlib is not installed (pip install matplotlib).", flush=True)
 
 
-# ---- start and end -----------------------------------------------------------------------------------------------
-
-
-def stop(signal_number, frame) -> None:
-    """Ctrl-C. horovodrun passes it on to the ranks as SIGTERM; a second one must not disturb the summary."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-def main() -> int:
-    flags = parse_flags()
-    hvd.init()
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        try:
-            train(flags)
-        except HorovodInternalError:
-            # Another rank left. If Ctrl-C was the reason, this rank's own signal is on its way.
-            time.sleep(2)
-            raise
-    except KeyboardInterrupt:
-        return 0
-    except (SourceError, TrainingError) as error:
-        print(f"wgan.py: {error}", file=sys.stderr, flush=True)
-        time.sleep(0.5)  # all ranks say it: horovodrun ends the others as soon as one has left
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    flags = parse_flags()
+    sys.exit(run(lambda: train(flags), "wgan.py", SourceError))

@@ -34,6 +34,9 @@ MAKES = {
     "extra_adagrad": lambda parameters, lr: hvd_qgenx.ExtraGradient(torch.optim.Adagrad(parameters, lr=lr)),
     "dual_extrapolation": _qgenx("dual_extrapolation"),
     "dual_averaging": _qgenx("dual_averaging"),
+    "optimistic": _qgenx("optimistic"),
+    "extra_sgd_past": lambda parameters, lr: hvd_qgenx.ExtraSGD(parameters, lr=lr, past=True),
+    "extra_adam_past": lambda parameters, lr: hvd_qgenx.ExtraAdam(parameters, lr=lr, past=True),
 }
 
 
@@ -130,6 +133,35 @@ def test_step_with_a_closure_is_the_two_half_steps(choice):
         optimizers.append(optimizer)
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
     assert optimizers[0].communication.exchanges == optimizers[1].communication.exchanges == 6
+
+
+@pytest.mark.parametrize("make", ["extra_sgd_past", "optimistic", "dual_averaging"])
+def test_methods_with_one_exchange_have_one_however_they_are_called(make):
+    model, twin, calls = network(), network(), []
+    optimizer, other = (_wrapped(m, "qgenx", MAKES[make](m.parameters(), lr=0.05)) for m in (model, twin))
+
+    def closure(model=model, optimizer=optimizer):
+        calls.append(optimizer.extrapolated)
+        optimizer.zero_grad()
+        value = loss(model)
+        value.backward()
+        return value
+
+    torch.manual_seed(9 + hvd.rank())
+    for _ in range(3):
+        optimizer.step(closure)
+    torch.manual_seed(9 + hvd.rank())
+    for _ in range(3):
+        other.extrapolation()
+        other.zero_grad()
+        loss(twin).backward()
+        other.synchronize()
+        with other.skip_synchronize():
+            other.step()
+    assert calls == [True] * 3, "evaluated at x_{t+1/2} alone"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert optimizer.communication.exchanges == other.communication.exchanges == 3
+    assert same_on_all_ranks(model.parameters())
 
 
 def test_step_with_a_closure_on_a_plain_optimizer_averages():
@@ -239,8 +271,7 @@ def test_a_checkpoint_that_only_rank_0_loaded_continues_everywhere(make, choice,
     model = network()
     optimizer = _wrapped(model, choice, MAKES[make](model.parameters(), lr=0.01))
     _run(model, optimizer, steps=2)
-    # Under QGenX the wrapper refuses a checkpoint between the half-steps, see below.
-    halfway = halfway and isinstance(optimizer.optimizer, hvd_qgenx.ExtraGradient)
+    halfway = halfway and hasattr(optimizer.optimizer, "extrapolation")
     if halfway:
         optimizer.zero_grad()
         loss(model).backward()
@@ -264,13 +295,16 @@ def test_a_checkpoint_that_only_rank_0_loaded_continues_everywhere(make, choice,
     assert _equal(optimizer.state_dict(), other.state_dict())
 
 
-def test_state_is_equal_on_all_ranks_between_the_half_steps():
+@pytest.mark.parametrize("make", ["extra_adam", "extra_adam_past", "dual_extrapolation", "optimistic"])
+@pytest.mark.parametrize("choice", ["none", "fp16", "qgenx"])
+def test_state_is_equal_on_all_ranks_at_any_moment(make, choice):
     model = network()
-    optimizer = _wrapped(model)
-    loss(model).backward()
-    optimizer.extrapolation()
-    states = gathered(optimizer.state_dict())
-    assert all(_equal(states[0], state) for state in states)
+    optimizer = _wrapped(model, choice, MAKES[make](model.parameters(), lr=0.01))
+    for half_step in [optimizer.extrapolation, optimizer.step] * 2:
+        loss(model).backward()
+        half_step()
+        states = gathered(optimizer.state_dict())
+        assert all(_equal(states[0], state) for state in states)
 
 
 def _equal(first, second):
@@ -310,16 +344,60 @@ def test_squared_difference_is_that_of_decoded_vectors_summed_over_ranks():
     assert rule.param_groups[0]["sum_of_squares"] == pytest.approx(total, rel=1e-12)
 
 
-def test_a_checkpoint_that_would_lose_a_ranks_own_vector_is_refused():
+@pytest.mark.parametrize("method", ["dual_extrapolation", "optimistic"])
+@pytest.mark.parametrize("choice", ["none", "fp16", "qgenx"])
+def test_a_parameter_without_gradient_on_one_rank_is_zero_in_the_difference(method, choice):
     model = network()
-    optimizer = _wrapped(model, "none", hvd_qgenx.QGenX(model.parameters()))
-    _iterate(optimizer, model)
-    optimizer.state_dict()
+    optimizer = _wrapped(model, choice, hvd_qgenx.QGenX(model.parameters(), method=method))
+    for half_step in [optimizer.extrapolation, optimizer.step] * 2:
+        optimizer.zero_grad()
+        (loss(model) if hvd.rank() else model[4](torch.randn(8, 40)).square().mean()).backward()
+        half_step()
+    sums = gathered(optimizer.optimizer.param_groups[0]["sum_of_squares"])
+    assert len(set(sums)) == 1 and 0 < sums[0] < float("inf")
+    assert same_on_all_ranks(model.parameters())
+
+
+@pytest.mark.parametrize("choice", ["none", "qgenx"])
+@pytest.mark.parametrize("method", ["dual_extrapolation", "optimistic"])
+def test_a_checkpoint_goes_on_with_fewer_ranks_and_with_more(choice, method):
+    """From all ranks to all but the last, and back: the same point and step size; a rank takes the mean for its own."""
+    everywhere, fewer = hvd.global_process_set, hvd.add_process_set(list(range(RANKS - 1)))
+    model = network()
+    optimizer = _wrapped(model, choice, hvd_qgenx.QGenX(model.parameters(), method=method))
+    _iterate(optimizer, model, 2)
+    for ranks in (fewer, everywhere):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.extrapolation()
+        saved, gamma = copy.deepcopy(optimizer.state_dict()), optimizer.optimizer.gamma
+        saved, gamma, point = hvd.broadcast_object((saved, gamma, model.state_dict()), 0)
+        model.load_state_dict(point)
+        optimizer = _wrapped(model, choice, hvd_qgenx.QGenX(model.parameters()), process_set=ranks)
+        optimizer.load_state_dict(saved)
+        # A square and a root away from the same number.
+        assert optimizer.optimizer.gamma == pytest.approx(gamma, rel=1e-12)
+        assert optimizer.optimizer.num_ranks == (ranks.size() if ranks.included() else 1)
+        _check_first_step(optimizer, model, choice, ranks)
+    hvd.remove_process_set(fewer)
+    _iterate(optimizer, model, 2)
+    assert same_on_all_ranks(model.parameters())
+
+
+def _check_first_step(optimizer, model, choice, ranks):
+    """The first term after the change is sum_k ||mean of V_j,t over the old ranks - V_k,t+1/2||^2."""
+    rule = optimizer.optimizer
+    before = rule.param_groups[0]["sum_of_squares"]
+    mean = torch.cat([rule.state[p]["look_ahead"].reshape(-1) for p in model.parameters()])
     optimizer.zero_grad()
     loss(model).backward()
-    optimizer.extrapolation()
-    with pytest.raises(RuntimeError, match=r"take the checkpoint after step\(\)"):
-        optimizer.state_dict()
+    own = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    optimizer.step()
+    terms = gathered(float((mean - own).double().square().sum()))
+    if ranks.included() and choice == "none":
+        total = sum(terms[: ranks.size()])
+        # Float64 sums in another order, taken from a larger sum.
+        assert rule.param_groups[0]["sum_of_squares"] - before == pytest.approx(total, rel=1e-9)
 
 
 def test_ranks_with_other_shapes_or_names_all_learn_both():
