@@ -306,7 +306,7 @@ class PayloadExchange(Exchange):
         return Gathered(self.codec, records, payloads)
 
     def _own(self, sent: Tensor) -> list[Tensor | None]:
-        return list(self.codec.decode_mean([sent]).split(list(parse(sent).header.sizes)))
+        return list(self.codec.decode_mean([sent]).split(list(self.codec.sizes_of(sent))))
 
     def deliver(self, outgoing: Outgoing, stage: str, names: Sequence[str], term: float = 0.0, keep: bool = False):
         gathered = self.gather(outgoing, self.record(stage, term))
