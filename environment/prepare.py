@@ -40,15 +40,17 @@ INPUTS = (
     "environment/build_horovod.py",
     "environment/prepare.py",
     "setup.cfg",
+    "setup.py",
 )
+CORE = ROOT / "hvd_qgenx" / "csrc"
 NO_NETWORK = ("connection broken", "ConnectionError", "NameResolutionError")  # pip's words
 
 
 def fingerprint():
     """A hash of all that `.venv` is made from: the input files, the Python, the place."""
     digest = hashlib.sha256(f"{sys.version}\n{sys.base_prefix}\n{ROOT}\n".encode())
-    for name in INPUTS:
-        digest.update((ROOT / name).read_bytes())
+    for path in (*(ROOT / name for name in INPUTS), *sorted(CORE.iterdir())):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -135,7 +137,8 @@ def install_horovod():
 
 
 def install_package():
-    """Install this package so that the working tree itself is what is imported."""
+    """Compile the core and install this package so that the working tree itself is what is imported."""
+    say("Compiling the package's core (a few seconds)")
     pip_install("this package", "--no-deps", "--no-build-isolation", "--editable", ROOT)
 
 
