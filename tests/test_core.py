@@ -1,10 +1,13 @@
 """The compiled core against the specification in plain torch: the same symbols, the same bytes, the same refusals."""
 
-import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import hvd_qgenx
 from hvd_qgenx import Codec, Key, Levels, core
 from hvd_qgenx.coders import CODERS
 
@@ -38,15 +41,111 @@ def _on(name, call, *arguments, **options):
 
 @pytest.mark.parametrize("coder", CODERS)
 @pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize(
+    ("norm", "kind", "size"), [("l2", "sparse", 1000), ("l2", "normal", 64), ("linf", "heavy", 500)]
+)
+def test_every_backend_writes_the_same_bytes_and_reads_the_same_values(coder, levels, norm, kind, size):
+    codec = Codec(LEVELS[levels], coder, size, norm, min_numel=5)
+    sizes = (1, 7, 0, 64, 4, 1333)
+    vector, key = _vector(sum(sizes), 1, kind), Key(3, 1, 4)
+    payload = _on("reference", codec.encode, vector, key, sizes=sizes)
+    decoded = _on("reference", codec.decode_mean, [payload])
+    assert len(payload) <= codec.bound(len(vector), sizes)
+    for name in COMPILED:
+        assert torch.equal(_on(name, codec.encode, vector, key, sizes=sizes), payload)
+        assert torch.equal(_on(name, codec.decode_mean, [payload]), decoded)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-31, 1e30, 1e38])
+@pytest.mark.parametrize("levels", ["uniform4", "exponential4", "exponential8"])
+def test_extreme_norms_give_the_same_symbols(name, scale, levels):
+    for norm in ("l2", "linf"):
+        codec = Codec(LEVELS[levels], "fixed", 64, norm)
+        vector = (_vector(500).double() * scale / 10).float()
+        payload = _on("reference", codec.encode, vector, Key(0, 0, 0))
+        assert torch.equal(_on(name, codec.encode, vector, Key(0, 0, 0)), payload)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_numbers_that_are_not_finite_spoil_the_same_segments(name):
+    sizes = (3, 200, 70, 4, 64)
+    for value in (torch.nan, torch.inf, -torch.inf, 3e38):
+        for place in (1, 5, 250, 275, 300):
+            vector = _vector(sum(sizes))
+            vector[place : place + 2] = value
+            codec = Codec(Levels.uniform(4), bucket_size=64, min_numel=5)
+            payload = _on("reference", codec.encode, vector, Key(0, 0, 0), sizes=sizes)
+            written = _on(name, codec.encode, vector, Key(0, 0, 0), sizes=sizes)
+            first, second = (codec.decode_mean([p]) for p in (payload, written))
+            assert torch.equal(first.isnan(), second.isnan()) and torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("coder", CODERS)
+def test_the_number_of_threads_changes_nothing(threads, coder):
+    codec, sizes, before = Codec(Levels.uniform(4), coder, 500), (300_000, 5, 700_001), torch.get_num_threads()
+    vector, counts = _vector(sum(sizes)), torch.zeros(2, 8, dtype=torch.int64)
+    try:
+        torch.set_num_threads(1)
+        expected = codec.encode(vector, Key(0, 0, 0), sizes=sizes, counts=counts[0])
+        mean = codec.decode_mean([expected, expected])
+        torch.set_num_threads(threads)
+        assert torch.equal(codec.encode(vector, Key(0, 0, 0), sizes=sizes, counts=counts[1]), expected)
+        assert torch.equal(codec.decode_mean([expected, expected]), mean)
+    finally:
+        torch.set_num_threads(before)
+    symbols = codec.quantize(vector, Key(0, 0, 0), sizes).quantized.symbols
+    assert torch.equal(counts[0], torch.bincount(symbols.abs().int(), minlength=8)) and torch.equal(*counts)
+
+
+def test_payloads_cut_in_different_ways_have_the_mean_of_their_vectors():
+    vector = _vector(1000)
+    codecs = [Codec(Levels.uniform(4), bucket_size=64), Codec(Levels.uniform(3), "fixed", 100, min_numel=400)]
+    cuts = (None, (300, 700))
+    payloads = [codec.encode(vector, Key(0, 0, 0), sizes=cut) for codec, cut in zip(codecs, cuts, strict=True)]
+    expected = (codecs[0].decode_mean(payloads[:1]) + codecs[1].decode_mean(payloads[1:])) / 2
+    for name in (*COMPILED, "reference"):
+        assert torch.equal(_on(name, codecs[0].decode_mean, payloads), expected)
+
+
+@pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_every_backend_writes_the_same_bytes_and_reads_the_same_values(coder, levels, norm):
-    for kind, size in itertools.product(("normal", "heavy", "sparse"), (64, 1000)):
-        codec = Codec(LEVELS[levels], coder, size, norm, min_numel=5)
-        sizes = (1, 7, 0, 64, 1000, 4, 2003)
-        vector, key = _vector(sum(sizes), 1, kind), Key(3, 1, 4)
-        payload = _on("reference", codec.encode, vector, key, sizes=sizes)
-        decoded = _on("reference", codec.decode_mean, [payload])
-        assert len(payload) <= codec.bound(len(vector), sizes)
-        for name in COMPILED:
-            assert torch.equal(_on(name, codec.encode, vector, key, sizes=sizes), payload)
-            assert torch.equal(_on(name, codec.decode_mean, [payload]), decoded)
+@pytest.mark.parametrize("min_numel", [0, 300])
+def test_statistics_are_the_same_integers(name, norm, min_numel):
+    codec, sizes = Codec(Levels.uniform(4), bucket_size=64, norm=norm, min_numel=min_numel), (1000, 200, 0, 3001)
+    vector = _vector(sum(sizes), kind="heavy")
+    vector[1100] = torch.nan
+    expected = _on("reference", codec.statistics, vector, sizes, "histogram")
+    found = _on(name, codec.statistics, vector, sizes, "histogram")
+    assert found[0] == expected[0] and all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_largest_of_a_hundred_million_elements_never_passes_its_level(name):
+    """Under L-infinity the largest of a bucket is its norm: by every draw it takes the last level, and none passes."""
+    numel, generator = 10**7, torch.Generator().manual_seed(0)
+    vector = torch.rand(numel, generator=generator)
+    tables = (Levels.uniform(4), Levels.uniform(8), Levels.exponential(4), Levels((0.0, 0.3, 0.99, 1.0)))
+    for step in range(10):
+        codec = Codec(tables[step % 4], "fixed", 100, "linf")
+        vector.mul_(1.0 + 2.0**-20)  # other mantissas
+        payload = _on(name, codec.encode, vector, Key(0, 0, step))
+        decoded = codec.decode_mean([payload]).view(-1, 100)
+        largest = vector.view(-1, 100).amax(1)
+        assert torch.equal(decoded.amax(1), largest)
+
+
+def test_an_unknown_backend_is_one_sentence():
+    command = [sys.executable, "-c", "import hvd_qgenx"]
+    for asked, code in (("gpu", 1), ("reference", 0)):
+        environment = {**os.environ, core.SWITCH: asked}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == code
+        assert code == 0 or f"{core.SWITCH} must be one of avx2, portable, reference" in done.stderr
+
+
+def test_the_backend_in_use_can_be_seen():
+    assert hvd_qgenx.backend == core.backend.name
+    with core.force("reference"):
+        assert hvd_qgenx.backend == "reference"

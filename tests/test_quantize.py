@@ -97,6 +97,34 @@ def test_rounding_is_unbiased(levels, norm):
     assert (error <= 5 * deviation / math.sqrt(8 * repeats) + 2.0**-17 * float(vector.norm())).all()
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize(
+    "levels",
+    [Levels.uniform(2), Levels.uniform(4), Levels.uniform(7), Levels.uniform(8), Levels.exponential(4),
+     Levels.exponential(8), Levels((0.0, 0.011, 0.3, 1.0))],
+)  # fmt: skip
+def test_the_bias_is_below_two_to_the_minus_b_of_a_gap(levels, norm):
+    """Exactly, for 65,536 coordinates: the number of draws that round one up is found by halves."""
+    vector = torch.randn(65536, generator=torch.Generator().manual_seed(1))
+    buckets, bits = Buckets.cut((len(vector),), 1024), reference.draw_bits(levels)
+    norms = bucket_norms(vector, buckets, norm)
+
+    def index(draw):
+        return reference.round_to_levels(vector, norms, buckets.bucket_of, levels, draw)
+
+    lower, up = index(torch.zeros(len(vector), dtype=torch.int64)), torch.full((len(vector),), 2**bits)
+    for bit in reversed(range(bits)):  # the smallest draw that rounds up, 2**bits if none does
+        lowered = up - 2**bit
+        up = torch.where(index(lowered.clamp(max=2**bits - 1)) > lower, lowered, up)
+    table = torch.tensor(levels.values, dtype=torch.float64)
+    above = (lower + 1).clamp(max=levels.num_levels)
+    mean = table[lower] + (2**bits - up) / 2**bits * (table[above] - table[lower])
+    exact = (vector.double().abs() / norms.double()[buckets.bucket_of]).clamp(max=1.0)
+    gap = (table[above] - table[lower]).clamp(min=float((table[1:] - table[:-1]).min()))
+    # An element on a level's float32 edge may count to the interval above it: its gap is that of its neighbour then.
+    assert float(((mean - exact).abs() / gap).max()) < 2.0**-bits
+
+
 def _deviation(vector, levels, norm):
     """Exact deviation of each rounded coordinate: norm sqrt((l+ - u)(u - l-))."""
     scale = vector.double().norm() if norm == "l2" else vector.double().abs().max()

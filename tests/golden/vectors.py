@@ -15,6 +15,9 @@ CASES = {
     "elias_gamma": (Codec(Levels.uniform(4), "elias_gamma", 64), (70,)),
     "elias_delta": (Codec(Levels((0.0, 0.01, 0.1, 1.0)), "elias_delta", 64), (70,)),
     "elias_omega": (Codec(Levels.uniform(2), "elias_omega", 1024), (70,)),
+    "huffman_runs": (Codec(Levels.uniform(4), bucket_size=64), (70,)),
+    "ternary_runs": (Codec(Levels.uniform(2)), (1030,)),
+    "elias_runs": (Codec(Levels.exponential(3), "elias_runs", 64), (70,)),
     "segments": (Codec(Levels.uniform(3), bucket_size=16, min_numel=8), (40, 3, 0, 27)),
     "empty": (Codec(Levels.uniform(4)), (0,)),
 }
