@@ -72,8 +72,8 @@ def battery() -> None:
         for test in TESTS if stream == "position" else TESTS[-3:]:  # keys are mixed in Python, slowly
             command = f"{sys.executable} {__file__} {stream} 2>/dev/null | dieharder -g 200 -d {test}"
             printed = subprocess.run(command, shell=True, capture_output=True, text=True).stdout
-            found = [[part.strip() for part in line.split("|")] for line in printed.splitlines() if line.count("|") == 5]
-            for name, *numbers in (row for row in found if row[0] != "test_name"):
+            found = [[part.strip() for part in line.split("|")] for line in printed.splitlines()]
+            for name, *numbers in (row for row in found if len(row) == 6 and row[0] != "test_name"):
                 values = [stream, test, name, *numbers]
                 rows.append({**origin, **dict(zip(COLUMNS[3:], values, strict=True))})
                 print(" ".join(map(str, values)), flush=True)

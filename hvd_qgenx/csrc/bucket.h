@@ -166,9 +166,9 @@ static int rice_parameter(int zeros, int runs) {
     return k;
 }
 
-static void put_omega(Writer &writer, uint32_t gap) {
-    Word word = omega_word(gap + 1);
-    writer.put(word.bits, unsigned(word.length));
+static inline void put_omega(Writer &writer, uint32_t gap, const OmegaTables &omega) {
+    const OmegaTables::Entry &word = omega.words[gap + 1];
+    writer.put(word.bits, word.length);
 }
 
 /* The gaps before each non-zero element, and before the bucket's end unless an element ends it; then the others' tree. */
@@ -185,11 +185,12 @@ static void write_runs(const Code &code, const int8_t *symbols, int n, Writer &w
     }
     int k = rice_parameter(n - count, count + 1), next = 0;
     bool rice = code.runs == Runs::RICE;
+    const OmegaTables &omega = omega_tables();
     if (rice) writer.put(uint64_t(k), 4);
     for (int i = 0; i <= count; i++) {
         int position = i < count ? positions[i] : n;
         if (i == count && next == n) break;
-        rice ? put_rice(writer, uint32_t(position - next), k) : put_omega(writer, uint32_t(position - next));
+        rice ? put_rice(writer, uint32_t(position - next), k) : put_omega(writer, uint32_t(position - next), omega);
         next = position + 1;
     }
     memset(dense + count, 0, PAD);
@@ -214,7 +215,12 @@ static inline uint32_t get_rice(Reader &reader, int k) {
     return gap > QGENX_MAX_BUCKET ? ~0u : uint32_t(gap);
 }
 
-static inline uint32_t get_omega(Reader &reader) {
+static inline uint32_t get_omega(Reader &reader, const OmegaTables &omega) {
+    OmegaTables::Entry found = omega.windows[reader.peek(reader.at) & ((1u << OmegaTables::WINDOW) - 1)];
+    if (found.length) {
+        reader.at += found.length;
+        return found.bits - 1;
+    }
     uint32_t value = 1;
     for (;;) {
         uint64_t window = reader.peek(reader.at);
@@ -232,6 +238,7 @@ static inline uint32_t get_omega(Reader &reader) {
 /* Fills the positions of the non-zero elements and sets their number. */
 static const char *read_gaps(const Code &code, Reader &reader, int n, uint16_t *positions, int &count, Ahead &ahead) {
     bool rice = code.runs == Runs::RICE;
+    const OmegaTables &omega = omega_tables();
     int k = 0;
     if (rice) {
         k = int(reader.peek(reader.at) & 15);
@@ -239,7 +246,7 @@ static const char *read_gaps(const Code &code, Reader &reader, int n, uint16_t *
     }
     count = 0;
     for (uint32_t next = 0; next < uint32_t(n);) {
-        uint32_t gap = rice ? get_rice(reader, k) : get_omega(reader);
+        uint32_t gap = rice ? get_rice(reader, k) : get_omega(reader, omega);
         ahead.lines(2);
         if (reader.at > reader.end || gap > uint32_t(n) - next) return PAST_END;
         next += gap;

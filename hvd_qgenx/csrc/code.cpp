@@ -135,11 +135,23 @@ void prepare_search(Code &code) {
 
 }  // namespace
 
-Word omega_word(uint32_t n) {
-    Text text = omega(n);
-    Word word{0, text.length};
-    for (int i = 0; i < text.length; i++) word.bits |= ((text.bits >> (text.length - 1 - i)) & 1u) << i;
-    return word;
+const OmegaTables &omega_tables() {
+    static const OmegaTables tables = [] {
+        OmegaTables made;
+        made.words.resize(QGENX_MAX_BUCKET + 2);
+        made.windows.resize(size_t(1) << OmegaTables::WINDOW);
+        for (uint32_t n = 1; n < made.words.size(); n++) {
+            Text text = omega(n);
+            OmegaTables::Entry &word = made.words[n];
+            word.length = uint32_t(text.length);
+            for (int i = 0; i < text.length; i++) word.bits |= ((text.bits >> (text.length - 1 - i)) & 1u) << i;
+            if (text.length > OmegaTables::WINDOW) continue;
+            for (uint32_t rest = 0; rest < 1u << (OmegaTables::WINDOW - text.length); rest++)
+                made.windows[word.bits | rest << text.length] = {n, word.length};
+        }
+        return made;
+    }();
+    return tables;
 }
 
 const char *prepare(const qgenx_codebook &book, Code &code) {

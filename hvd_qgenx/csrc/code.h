@@ -57,12 +57,16 @@ int fixed_width(int num_levels);
 /* The most bytes that the code of n symbols takes. */
 uint64_t most_bytes(const Code &code, uint64_t n);
 
-/* Elias omega's word of n, first bit lowest, and its number of bits; 1 <= n <= 65536. */
-struct Word {
-    uint32_t bits;
-    int length;
+/* Elias omega's words of 1 ... QGENX_MAX_BUCKET + 1, first bit lowest, and of what a window of bits begins with. */
+struct OmegaTables {
+    static constexpr int WINDOW = 11;
+    struct Entry {
+        uint32_t bits; /* of a word, or the number whose word a window begins with */
+        uint32_t length; /* 0 if the window does not hold the whole word */
+    };
+    std::vector<Entry> words, windows;
 };
-Word omega_word(uint32_t n);
+const OmegaTables &omega_tables();
 
 }  // namespace qgenx
 
