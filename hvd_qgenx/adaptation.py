@@ -90,7 +90,7 @@ class Statistics:
     record and padded, 8,320 and 112 bytes are handed to the allgather, whatever the gradient's length.
 
     ``weighted`` weighs coordinates by the squared norm of their bucket, in units of 2**exponent; ``plain`` counts them
-    (in units of 2**-20 under "normal"). The first decides levels (the variance that they cause is proportional to it),
+    (in units of 2**-16 under "normal"). The first decides levels (the variance that they cause is proportional to it),
     the second code lengths.
     """
 

@@ -253,8 +253,8 @@ class Codec:
 
     def statistics(self, vector: Tensor, sizes: Sequence[int], form: str) -> tuple[int, Tensor, Tensor]:
         """What ``adaptation.Statistics`` holds in this form, of the coded segments of a float32 vector."""
-        if form == "histogram" and core.compiled():
-            return core.statistics(self._job(sizes, Key(0, 0, 0)), vector, NO_WEIGHT)
+        if core.compiled():
+            return core.statistics(self._job(sizes, Key(0, 0, 0)), vector, form, NO_WEIGHT)
         buckets = Buckets.cut(sizes, self.bucket_size, self.min_numel)
         coded = vector[_coded_mask(sizes, self.min_numel)]
         measure = weighted_histograms if form == "histogram" else weighted_moments

@@ -21,6 +21,7 @@ from torch import Tensor
 from hvd_qgenx.distribution import NUM_BINS
 
 BACKENDS = ("avx2", "portable", "reference")
+FORMS = ("histogram", "normal")
 SWITCH = "HVD_QGENX_BACKEND"
 _PATHS = {"portable": 0, "avx2": 1}
 _MESSAGE = 256
@@ -172,17 +173,15 @@ def decode_mean(codebook: _Book, payloads: Sequence[Tensor], out: Tensor) -> Non
     )  # fmt: skip
 
 
-def statistics(cut: _Job, vector: Tensor, minimum: int) -> tuple[int, Tensor, Tensor]:
-    """Exponent and the two histograms int64[NUM_BINS] of ``adaptation.Statistics``."""
+def statistics(cut: _Job, vector: Tensor, form: str, minimum: int) -> tuple[int, Tensor, Tensor]:
+    """Exponent and the two parts of ``adaptation.Statistics``: int64[NUM_BINS] each, or int64[3]."""
     _check(vector, torch.float32, _numel(cut))
-    exponent, weighted, plain = c_int32(), torch.empty(NUM_BINS, dtype=torch.int64), torch.empty(
-        NUM_BINS, dtype=torch.int64
-    )
+    exponent, integers = c_int32(), torch.empty(2, NUM_BINS if form == "histogram" else 3, dtype=torch.int64)
     _call(
-        "qgenx_statistics", byref(cut), _pointer(vector, torch.float32), byref(exponent), c_int32(minimum),
-        _pointer(weighted, torch.int64), _pointer(plain, torch.int64), *_how(),
+        "qgenx_statistics", byref(cut), _pointer(vector, torch.float32), FORMS.index(form), byref(exponent),
+        c_int32(minimum), _pointer(integers[0], torch.int64), _pointer(integers[1], torch.int64), *_how(),
     )  # fmt: skip
-    return exponent.value, weighted, plain
+    return exponent.value, integers[0], integers[1]
 
 
 def squared_error(vector: Tensor, decoded: Tensor) -> tuple[float, float]:

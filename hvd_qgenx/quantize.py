@@ -15,7 +15,7 @@ from hvd_qgenx.levels import Levels
 
 _MASK_64 = 2**64 - 1
 _WEIGHT_BITS = 20  # the heaviest bucket of a vector weighs 2**19 to 2**20
-_MOMENT_UNIT = 2**20  # moments are integers too
+_MOMENT_BITS = 16  # moments are integers too, in units of 2**-16
 NO_WEIGHT = -(2**15)  # exponent of statistics without weight
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -147,14 +147,11 @@ def weighted_moments(vector: Tensor, buckets: Buckets, norms: Tensor) -> tuple[i
     """(exponent, weighted, plain) of ``adaptation.Statistics`` in the form "normal"."""
     exponent, weights, ones = bucket_weights(norms)
     u = reference.magnitudes(vector, norms, buckets.bucket_of)
-    r, owner = torch.where(vector < 0, -u, u).double(), buckets.bucket_of
-    return exponent, _moments(r, weights[owner]), _moments(r, _MOMENT_UNIT * ones[owner])
-
-
-def _moments(r: Tensor, weights: Tensor) -> Tensor:
-    """int64[3]: the sums of w, w r and w r^2."""
-    w = weights.double()
-    return torch.stack((w.sum(), (w * r).sum(), (w * r.square()).sum())).round().long()
+    r = (u * 2**_MOMENT_BITS).round().long()
+    r = torch.where(vector < 0, -r, r)
+    powers = torch.stack((torch.full_like(r, 2**_MOMENT_BITS), r, r.square() >> _MOMENT_BITS))
+    sums = torch.zeros(3, len(norms), dtype=torch.int64).index_add_(1, buckets.bucket_of, powers)
+    return exponent, (weights * sums >> _MOMENT_BITS).sum(dim=1), (ones * sums).sum(dim=1)
 
 
 def squared_error(vector: Tensor, decoded: Tensor) -> tuple[float, float]:

@@ -112,12 +112,13 @@ def test_payloads_cut_in_different_ways_have_the_mean_of_their_vectors():
 @pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("min_numel", [0, 300])
-def test_statistics_are_the_same_integers(name, norm, min_numel):
+@pytest.mark.parametrize("form", core.FORMS)
+def test_statistics_are_the_same_integers(name, norm, min_numel, form):
     codec, sizes = Codec(Levels.uniform(4), bucket_size=64, norm=norm, min_numel=min_numel), (1000, 200, 0, 3001)
     vector = _vector(sum(sizes), kind="heavy")
     vector[1100] = torch.nan
-    expected = _on("reference", codec.statistics, vector, sizes, "histogram")
-    found = _on(name, codec.statistics, vector, sizes, "histogram")
+    expected = _on("reference", codec.statistics, vector, sizes, form)
+    found = _on(name, codec.statistics, vector, sizes, form)
     assert found[0] == expected[0] and all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
 
 

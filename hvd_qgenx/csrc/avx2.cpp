@@ -416,7 +416,7 @@ uint32_t crc(uint32_t crc, const uint8_t *data, uint64_t size) {
 
 const Kernels &avx2_kernels() {
     using namespace avx2;
-    static const Kernels kernels{norm, round_bucket, encode_bucket, decode_bucket, histogram_bucket, crc};
+    static const Kernels kernels{norm, round_bucket, encode_bucket, decode_bucket, histogram_bucket, moments_bucket, crc};
     return kernels;
 }
 

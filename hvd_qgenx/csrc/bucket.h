@@ -370,22 +370,38 @@ static void round_bucket(const Code &code, const float *values, int n, float nor
     round_values(code, values, n, norm * scale, draws, symbols);
 }
 
-static void histogram_bucket(const float *values, int n, float norm, uint32_t *bins, Scratch &scratch) {
-    float scale = scale_of(norm);
-    float inverse = 1.0f / (norm * scale);
-    constexpr int FIRST_BIN = (127 - 16) << 5;
-    float *magnitudes = scratch.scaled.get();
+static const float *normalised(const float *values, int n, float norm, Scratch &scratch) {
+    float scale = scale_of(norm), inverse = 1.0f / (norm * scale);
     for (int i = 0; i < n; i++) {
         float u = fabsf(values[i] * scale) * inverse;
-        magnitudes[i] = u < 1.0f ? u : 1.0f;
+        scratch.scaled[size_t(i)] = u < 1.0f ? u : 1.0f;
     }
-    uint32_t other[QGENX_NUM_BINS] = {}; /* neighbours often meet in one bin: two counters do not wait for each other */
+    return scratch.scaled.get();
+}
+
+static void histogram_bucket(const float *values, int n, float norm, int64_t *bins, Scratch &scratch) {
+    constexpr int FIRST_BIN = (127 - 16) << 5;
+    const float *magnitudes = normalised(values, n, norm, scratch);
+    uint32_t counts[2][QGENX_NUM_BINS] = {}; /* neighbours often meet in one bin: two counters do not wait for each other */
     for (int i = 0; i < n; i++) {
         uint32_t bits;
         memcpy(&bits, magnitudes + i, 4);
         int bin = int(bits >> 18) - FIRST_BIN + 1;
         bin = bin < 0 ? 0 : bin > QGENX_NUM_BINS - 1 ? QGENX_NUM_BINS - 1 : bin;
-        (i & 1 ? other : bins)[bin]++;
+        counts[i & 1][bin]++;
     }
-    for (int bin = 0; bin < QGENX_NUM_BINS; bin++) bins[bin] += other[bin];
+    for (int bin = 0; bin < QGENX_NUM_BINS; bin++) bins[bin] = int64_t(counts[0][bin]) + counts[1][bin];
+}
+
+static void moments_bucket(const float *values, int n, float norm, int64_t *sums, Scratch &scratch) {
+    const float *magnitudes = normalised(values, n, norm, scratch);
+    int64_t first = 0, second = 0;
+    for (int i = 0; i < n; i++) {
+        int64_t r = lrintf(magnitudes[i] * 65536.0f);
+        first += values[i] < 0.0f ? -r : r;
+        second += r * r >> 16;
+    }
+    sums[0] = int64_t(n) << 16;
+    sums[1] = first;
+    sums[2] = second;
 }

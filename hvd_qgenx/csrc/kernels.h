@@ -63,8 +63,10 @@ struct Kernels {
     /* Adds a bucket to `out`, or to zeros; returns NULL, or why these bytes are no code. */
     const char *(*decode)(const Code &code, const uint8_t *bytes, int size, int n, float norm, float *out, bool add,
                           Scratch &scratch);
-    /* Counts a bucket's magnitudes in QGENX_NUM_BINS bins. */
-    void (*histogram)(const float *values, int n, float norm, uint32_t *bins, Scratch &scratch);
+    /* Counts a bucket's normalised magnitudes in QGENX_NUM_BINS bins. */
+    void (*histogram)(const float *values, int n, float norm, int64_t *bins, Scratch &scratch);
+    /* The sums of 1, r and r^2 over a bucket, in units of 2^-16. */
+    void (*moments)(const float *values, int n, float norm, int64_t *sums, Scratch &scratch);
     /* CRC-32C of `size` bytes, going on from that of those before. */
     uint32_t (*crc)(uint32_t crc, const uint8_t *data, uint64_t size);
 };

@@ -199,7 +199,7 @@ uint32_t crc(uint32_t crc, const uint8_t *data, uint64_t size) {
 
 const Kernels &portable_kernels() {
     using namespace portable;
-    static const Kernels kernels{norm, round_bucket, encode_bucket, decode_bucket, histogram_bucket, crc};
+    static const Kernels kernels{norm, round_bucket, encode_bucket, decode_bucket, histogram_bucket, moments_bucket, crc};
     return kernels;
 }
 

@@ -382,24 +382,44 @@ int decode_mean(const qgenx_codebook &book, const uint8_t *const *payloads, cons
 
 /* ---- statistics ---------------------------------------------------------------------------------------------------- */
 
-void count_part(const Layout &layout, uint64_t first, uint64_t end, const float *vector, const float *norms,
-                int32_t exponent, const Kernels &kernels, int64_t *weighted, int64_t *plain) {
-    Scratch scratch(int(layout.bucket_size), 0);
-    for (Walk walk(layout, first); walk.bucket < end; walk.next()) {
-        float norm = norms[walk.bucket];
-        if (!(norm > 0.0f) || !std::isfinite(norm)) continue;
-        uint32_t bins[QGENX_NUM_BINS] = {};
-        kernels.histogram(vector + walk.position(), walk.numel(), norm, bins, scratch);
-        int64_t weight = int64_t(std::ldexp(double(norm) * double(norm), -exponent));
-        for (int bin = 0; bin < QGENX_NUM_BINS; bin++) {
-            weighted[bin] += weight * int64_t(bins[bin]);
-            plain[bin] += int64_t(bins[bin]);
+/* What is counted of every bucket, and into what. */
+struct Counting {
+    const Layout &layout;
+    const Kernels &kernels;
+    const float *vector, *norms;
+    qgenx_form form;
+    int32_t exponent;
+
+    int size() const { return form == QGENX_HISTOGRAM ? int(QGENX_NUM_BINS) : 3; }
+
+    void part(uint64_t first, uint64_t end, int64_t *weighted, int64_t *plain) const {
+        Scratch scratch(int(layout.bucket_size), 0);
+        auto count = form == QGENX_HISTOGRAM ? kernels.histogram : kernels.moments;
+        for (Walk walk(layout, first); walk.bucket < end; walk.next()) {
+            float norm = norms[walk.bucket];
+            if (!(norm > 0.0f) || !std::isfinite(norm)) continue;
+            int64_t counts[QGENX_NUM_BINS];
+            count(vector + walk.position(), walk.numel(), norm, counts, scratch);
+            int64_t weight = int64_t(std::ldexp(double(norm) * double(norm), -exponent));
+            for (int i = 0; i < size(); i++) {
+                weighted[i] += weight * counts[i] >> (form == QGENX_HISTOGRAM ? 0 : 16);
+                plain[i] += counts[i];
+            }
         }
     }
+};
+
+int32_t exponent_of(const std::vector<float> &norms, int32_t minimum) {
+    double heaviest = 0.0;
+    for (float norm : norms)
+        if (std::isfinite(norm)) heaviest = std::max(heaviest, double(norm) * double(norm));
+    int exponent = 0;
+    std::frexp(heaviest, &exponent);
+    return heaviest > 0.0 ? exponent - 20 : minimum;
 }
 
-int statistics(const qgenx_job &job, const float *vector, int32_t *exponent, int32_t minimum, int64_t *weighted,
-               int64_t *plain, int threads, const Kernels &kernels, Failure &failure) {
+int statistics(const qgenx_job &job, const float *vector, qgenx_form form, int32_t *exponent, int32_t minimum,
+               int64_t *weighted, int64_t *plain, int threads, const Kernels &kernels, Failure &failure) {
     Code none;
     if (prepare_job(nullptr, job, none, failure)) return failure.status;
     Layout layout = layout_of(job);
@@ -411,25 +431,19 @@ int statistics(const qgenx_job &job, const float *vector, int32_t *exponent, int
             norms[walk.bucket] = kernels.norm(job.norm, vector + walk.position(), walk.numel());
     });
     spoil_segments(layout, reinterpret_cast<uint8_t *>(norms.data()));
-    double heaviest = 0.0;
-    for (float norm : norms)
-        if (std::isfinite(norm)) heaviest = std::max(heaviest, double(norm) * double(norm));
-    *exponent = minimum;
-    if (heaviest > 0.0) {
-        std::frexp(heaviest, exponent);
-        *exponent -= 20;
-    }
-    std::vector<int64_t> counted(2 * QGENX_NUM_BINS * size_t(parts), 0);
+    *exponent = exponent_of(norms, minimum);
+    Counting counting{layout, kernels, vector, norms.data(), form, *exponent};
+    size_t size = size_t(counting.size());
+    std::vector<int64_t> counted(2 * size * size_t(parts), 0);
     at_once(parts, [&](int part) {
-        int64_t *own = counted.data() + 2 * QGENX_NUM_BINS * size_t(part);
-        count_part(layout, start(part), start(part + 1), vector, norms.data(), *exponent, kernels, own,
-                   own + QGENX_NUM_BINS);
+        int64_t *own = counted.data() + 2 * size * size_t(part);
+        counting.part(start(part), start(part + 1), own, own + size);
     });
-    for (int bin = 0; bin < QGENX_NUM_BINS; bin++) {
-        weighted[bin] = plain[bin] = 0;
+    for (size_t i = 0; i < size; i++) {
+        weighted[i] = plain[i] = 0;
         for (size_t part = 0; part < size_t(parts); part++) {
-            weighted[bin] += counted[2 * QGENX_NUM_BINS * part + size_t(bin)];
-            plain[bin] += counted[2 * QGENX_NUM_BINS * part + QGENX_NUM_BINS + size_t(bin)];
+            weighted[i] += counted[2 * size * part + i];
+            plain[i] += counted[2 * size * part + size + i];
         }
     }
     return QGENX_OK;
@@ -502,10 +516,10 @@ int qgenx_decode_mean(const qgenx_codebook *book, const uint8_t *const *payloads
     });
 }
 
-int qgenx_statistics(const qgenx_job *job, const float *vector, int32_t *exponent, int32_t minimum,
+int qgenx_statistics(const qgenx_job *job, const float *vector, qgenx_form form, int32_t *exponent, int32_t minimum,
                      int64_t *weighted, int64_t *plain, int threads, qgenx_path path, char *message) {
     return guarded(message, [&](Failure &failure) {
-        return statistics(*job, vector, exponent, minimum, weighted, plain, threads, kernels_of(path), failure);
+        return statistics(*job, vector, form, exponent, minimum, weighted, plain, threads, kernels_of(path), failure);
     });
 }
 

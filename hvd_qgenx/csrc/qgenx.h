@@ -92,10 +92,13 @@ QGENX_API int qgenx_decode_mean(const qgenx_codebook *book, const uint8_t *const
                                 uint32_t num_payloads, float *out, uint64_t numel, int threads, qgenx_path path,
                                 char *message);
 
-/* Histograms of the coded segments' normalised magnitudes, QGENX_NUM_BINS each: `weighted` counts each magnitude by
- * its bucket's squared norm in units of 2**exponent, `plain` by one. `minimum` is the exponent of nothing. */
-QGENX_API int qgenx_statistics(const qgenx_job *job, const float *vector, int32_t *exponent, int32_t minimum,
-                               int64_t *weighted, int64_t *plain, int threads, qgenx_path path, char *message);
+/* Of the coded segments' normalised coordinates r, signs included: histograms of |r|, QGENX_NUM_BINS integers each, or
+ * the sums of 1, r and r^2. `weighted` weighs each by its bucket's squared norm in units of 2**exponent, `plain` by one,
+ * or by 2^16 for the sums. `minimum` is the exponent of nothing. */
+typedef enum { QGENX_HISTOGRAM = 0, QGENX_MOMENTS = 1 } qgenx_form;
+QGENX_API int qgenx_statistics(const qgenx_job *job, const float *vector, qgenx_form form, int32_t *exponent,
+                               int32_t minimum, int64_t *weighted, int64_t *plain, int threads, qgenx_path path,
+                               char *message);
 
 /* Sums, over coordinates whose `decoded` is finite, of (decoded - vector)^2 and vector^2. */
 QGENX_API void qgenx_error(const float *vector, const float *decoded, uint64_t numel, double *squared_error,
