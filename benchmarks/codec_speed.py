@@ -1,0 +1,535 @@
+"""How fast the codec is beside a memcpy of the gradient, how few bits it takes, and what else one could use.
+
+    python benchmarks/codec_speed.py             # 3 minutes; writes codec_speed.csv and .png to benchmarks/results
+    python benchmarks/codec_speed.py --table     # prints the committed rows as the README's table
+
+One core, a gradient of 64 MiB. In every round each call is timed once, so that slow phases of the machine fall on all
+of them alike; a speed is the median time of a memcpy of the gradient over the median time of the call. What is decoded
+is compared with the specification in plain torch before anything is timed. Levels and code lengths of the adaptive
+rows are fitted to the gradient that they are timed on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import gc
+import importlib.util
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from bytes_sent import ROOT, provenance
+from torch import Tensor
+
+import hvd_qgenx
+from hvd_qgenx import Codec, Key, Levels
+from hvd_qgenx.adaptation import Statistics, fit
+
+RESULTS = ROOT / "benchmarks" / "results"
+COLUMNS = ["commit", "date", "device", "backend", "coordinates", "rounds", "row", "figure", "value", "unit",
+           "milliseconds", "must", "aim", "meets_must", "meets_aim"]  # fmt: skip
+PAYLOADS = 3  # whose mean is decoded: each is read, and added to what is there
+HEADER_BITS = 48  # of a bucket: norm and length
+CHECKED = 2**20  # coordinates that are compared with the specification, which takes a second for as many
+
+CODECS = {
+    "packed4": "4 bits uniform, L-infinity, packed",
+    "packed8": "8 bits uniform, L-infinity, packed",
+    "adaptive4": "4 bits adaptive, L2, Huffman",
+    "exponential4": "4 bits exponential, L2, Huffman",
+    "uniform4_l2": "4 bits uniform, L2, Huffman",
+    "uniform8": "8 bits uniform, L-infinity, Huffman",
+    "ternary": "ternary, L-infinity, Huffman",
+    "ternary_l2": "ternary, L2, Huffman with runs",
+    "gamma": "4 bits adaptive, L2, Elias gamma",
+    "delta": "4 bits adaptive, L2, Elias delta",
+    "omega": "4 bits adaptive, L2, Elias omega",
+    "elias_runs": "4 bits uniform, L2, QSGD's Elias runs",
+}
+PEERS = {
+    "fp16": "Horovod's `Compression.fp16`",
+    "grace": "QSGD by GRACE's formula in torch, int8",
+    "zstd": "zstd -1 of the packed symbols alone",
+    "constriction": "constriction's ANS of the symbols alone",
+}
+NEEDS = {"fp16": "horovod", "zstd": "zstandard", "constriction": "constriction"}
+OTHERS = {
+    "over_grace": "4 bits adaptive, L2, Huffman: times faster than GRACE's formula",
+    "memory_out": "its peak memory beyond the gradient, multiples of it, `out=` given",
+    "memory": "the same, `out=` not given",
+}
+GOALS = {  # (row, figure): must, aim
+    ("packed4", "encode"): (0.85, 0.95),
+    ("packed4", "decode"): (1.2, 1.3),
+    ("adaptive4", "encode"): (0.40, 0.60),
+    ("adaptive4", "decode"): (0.70, 0.85),
+    ("exponential4", "encode"): (0.40, 0.60),
+    ("exponential4", "decode"): (0.70, 0.85),
+    ("ternary", "encode"): (0.70, 0.80),
+    ("ternary", "decode"): (1.15, 1.3),
+    ("ternary_l2", "encode"): (0.45, 0.75),
+    ("ternary_l2", "decode"): (0.90, 1.3),
+    ("gamma", "encode"): (0.30, 0.40),
+    ("gamma", "decode"): (0.25, 0.45),
+    ("over_grace", "encode"): (10, 15),
+    ("over_grace", "decode"): (1.8, 3),
+    ("adaptive4", "over_entropy"): (4, 2),
+    ("uniform4_l2", "over_entropy"): (25, 8),
+    ("ternary_l2", "over_entropy"): (15, 5),
+}
+PACKED = ("packed4", "packed8")
+GAIN, GAIN_OF_MEMCPY = (1.6, 1.9), (0.9, None)  # of two threads: coded rows; packed rows, in units of memcpy's own
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A call to be timed, which handles ``vectors`` gradients."""
+
+    row: str
+    figure: str
+    call: Callable[[], object]
+    threads: int = 1
+    vectors: int = 1
+
+
+@dataclass(frozen=True)
+class Peer:
+    encode: Callable[[], object]
+    decode: Callable[[], object]
+    bits: float
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+def codecs(gradient: Tensor) -> dict[str, Codec]:
+    """One for each of ``CODECS``."""
+    adaptive, counts = fit(Statistics.measure(Codec(Levels.uniform(4)), gradient, (len(gradient),)), 4)
+    return {
+        "packed4": Codec(Levels.uniform(4), "fixed", norm="linf"),
+        "packed8": Codec(Levels.uniform(8), "fixed", norm="linf"),
+        "adaptive4": Codec(adaptive, counts=counts),
+        "exponential4": Codec(Levels.exponential(4)),
+        "uniform4_l2": Codec(Levels.uniform(4)),
+        "uniform8": Codec(Levels.uniform(8), norm="linf"),
+        "ternary": Codec(Levels.uniform(2), norm="linf"),
+        "ternary_l2": Codec(Levels.uniform(2)),
+        "gamma": Codec(adaptive, "elias_gamma"),
+        "delta": Codec(adaptive, "elias_delta"),
+        "omega": Codec(adaptive, "elias_omega"),
+        "elias_runs": Codec(Levels.uniform(4), "elias_runs"),
+    }
+
+
+def check(codec: Codec, gradient: Tensor, payloads: list[Tensor]) -> None:
+    """Decodes to what the specification drew, on the first coordinates; the mean is that of the vectors, on all."""
+    first = gradient[:CHECKED]
+    drawn = codec.dequantize(codec.quantize(first, key(0), (len(first),)))
+    whole = len(first) // codec.bucket_size * codec.bucket_size  # the buckets that a cut here leaves as they are
+    vectors = [codec.decode_mean([payload]) for payload in payloads]
+    require(torch.equal(vectors[0][:whole], drawn[:whole]))
+    require(torch.equal(codec.decode_mean(payloads), sum(vectors[1:], vectors[0]).div_(len(payloads))))
+
+
+def require(truth: bool) -> None:
+    if not truth:
+        raise SystemExit("what was decoded is not what was encoded: nothing is timed")
+
+
+def key(rank: int) -> Key:
+    return Key(seed=0, rank=rank, step=0)
+
+
+def timed_codec(row: str, codec: Codec, gradient: Tensor, out: Tensor, vector: Tensor) -> list[Timed]:
+    """Its calls, after a check; ``out`` and ``vector`` are there to be written."""
+    payloads = [codec.encode(gradient, key(rank)) for rank in range(PAYLOADS)]
+    check(codec, gradient, payloads)
+    encode = partial(codec.encode, gradient, key(0), out)
+    decode_one = partial(codec.decode_mean, payloads[:1], out=vector)
+    decode_mean = partial(codec.decode_mean, payloads, out=vector)
+    return [
+        Timed(row, "encode", encode),
+        Timed(row, "decode_one", decode_one),
+        Timed(row, "decode_mean", decode_mean, vectors=PAYLOADS),
+        Timed(row, "encode_two", encode, threads=2),
+        Timed(row, "decode_two", decode_mean, threads=2, vectors=PAYLOADS),
+    ]
+
+
+def over_entropy(codec: Codec, gradient: Tensor) -> tuple[float, float]:
+    """Percent by which a payload exceeds the entropy of its symbols: without the buckets' headers, and with them.
+
+    The entropy is that of the magnitudes' shares in the first coordinates, and one bit for the sign of a non-zero.
+    """
+    first = gradient[:CHECKED]
+    symbols = codec.quantize(first, key(0), (len(first),)).quantized.symbols
+    shares = torch.bincount(symbols.abs().long()).double() / len(first)
+    entropy = len(first) * float(torch.special.entr(shares).sum() / math.log(2) + 1 - shares[0])
+    bits = 8 * len(codec.encode(first, key(0)))
+    headers = HEADER_BITS * -(-len(first) // codec.bucket_size)
+    return 100 * ((bits - headers) / entropy - 1), 100 * (bits / entropy - 1)
+
+
+# ---- peers -----------------------------------------------------------------------------------------------------------
+
+
+def fp16(gradient: Tensor, codec: Codec) -> Peer:
+    import horovod.torch as hvd
+
+    half, context = hvd.Compression.fp16.compress(gradient)
+    decode = partial(hvd.Compression.fp16.decompress, half, context)
+    require(torch.equal(decode(), gradient.half().float()))
+    return Peer(partial(hvd.Compression.fp16.compress, gradient), decode, 16)
+
+
+def grace(gradient: Tensor, codec: Codec, levels: int = 7) -> Peer:
+    """q = sign(v) (floor(x) + [random < x - floor(x)]), x = s |v| / ||v||, as GRACE sends it: norm and int8."""
+
+    def encode():
+        norm = gradient.norm()
+        x = gradient.abs() * (levels / norm)
+        floor = x.floor()
+        index = floor + (torch.rand_like(x) < x - floor).float()
+        return norm, (index * gradient.sign()).to(torch.int8)
+
+    def decode(norm, symbols):
+        return symbols.float() * (norm / levels)
+
+    norm, symbols = encode()
+    require(bool((decode(norm, symbols) - gradient).abs().max() <= 1.0001 * norm / levels))  # a level, and rounding
+    return Peer(encode, partial(decode, norm, symbols), 8)
+
+
+def packed_symbols(gradient: Tensor, codec: Codec) -> bytes:
+    """What the fixed coder makes of the adaptive symbols: two to a byte, between the lengths and the checksum."""
+    payload = Codec(codec.levels, "fixed").encode(gradient, key(0))
+    return bytes(payload[-4 - (len(gradient) + 1) // 2 : -4].numpy())
+
+
+def zstd(gradient: Tensor, codec: Codec) -> Peer:
+    import zstandard
+
+    packed = packed_symbols(gradient, codec)
+    encode = partial(zstandard.ZstdCompressor(level=1).compress, packed)
+    compressed = encode()
+    decode = partial(zstandard.ZstdDecompressor().decompress, compressed)
+    require(decode() == packed)
+    return Peer(encode, decode, 8 * len(compressed) / len(gradient))
+
+
+def constriction(gradient: Tensor, codec: Codec) -> Peer:
+    import numpy as np
+    from constriction import stream
+
+    packed = np.frombuffer(packed_symbols(gradient, codec), np.uint8)
+    symbols = np.stack((packed & 15, packed >> 4), axis=1).reshape(-1)[: len(gradient)].astype(np.int32)
+    shares = stream.model.Categorical(np.bincount(symbols, minlength=15) / len(symbols), perfect=False)
+
+    def encode():
+        coder = stream.stack.AnsCoder()
+        coder.encode_reverse(symbols, shares)
+        return coder.get_compressed()
+
+    def decode(words):
+        return stream.stack.AnsCoder(words).decode(shares, len(symbols))
+
+    words = encode()
+    require(np.array_equal(decode(words), symbols))
+    return Peer(encode, partial(decode, words), 32 * len(words) / len(symbols))
+
+
+def peers(gradient: Tensor, codec: Codec) -> dict[str, Peer]:
+    """Those that are installed; a sentence about each of the others."""
+    makers, found = {"fp16": fp16, "grace": grace, "zstd": zstd, "constriction": constriction}, {}
+    for row, make in makers.items():
+        if row in NEEDS and importlib.util.find_spec(NEEDS[row]) is None:
+            print(f"{NEEDS[row]} is not installed, its row is left out (pip install 'hvd_qgenx[benchmarks]')")
+        else:
+            found[row] = make(gradient, codec)
+    return found
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def timed_memcpy(gradient: Tensor, vector: Tensor, pool: ThreadPoolExecutor) -> list[Timed]:
+    """libc's memmove and torch's copy_, the faster of which counts; memmove by two threads, half each."""
+    to, start, size = vector.data_ptr(), gradient.data_ptr(), 4 * len(gradient)
+    half = size // 2
+
+    def by_two():
+        other = pool.submit(ctypes.memmove, to, start, half)
+        ctypes.memmove(to + half, start + half, size - half)
+        other.result()
+
+    return [
+        Timed("memcpy", "memmove", partial(ctypes.memmove, to, start, size)),
+        Timed("memcpy", "copy_", partial(vector.copy_, gradient)),
+        Timed("memcpy", "two", by_two, threads=2),
+    ]
+
+
+def medians(calls: list[Timed], rounds: int) -> dict[tuple[str, str], float]:
+    """Seconds per gradient of every call; a first round is not counted."""
+    seconds: dict[tuple[str, str], list[float]] = {(each.row, each.figure): [] for each in calls}
+    gc.disable()
+    for _ in range(1 + rounds):
+        for each in calls:
+            torch.set_num_threads(each.threads)
+            begin = time.perf_counter()
+            each.call()
+            seconds[each.row, each.figure].append((time.perf_counter() - begin) / each.vectors)
+    gc.enable()
+    torch.set_num_threads(1)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(call: str, given: bool, gradient: Tensor) -> float:
+    """Bytes beyond those there before, over the gradient's; run in a process of its own, see ``start_memory``.
+
+    The kernel's own peak, set back before the call: ru_maxrss would begin at the peak of the parent process.
+    """
+    codec = codecs(gradient)["adaptive4"]
+    payloads = [codec.encode(gradient, key(rank)) for rank in range(PAYLOADS)]
+    vector = torch.ones(len(gradient)) if given else None
+    out = torch.ones(codec.bound(len(gradient)), dtype=torch.uint8) if given else None
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmHWM")
+    if call == "encode":
+        codec.encode(gradient, key(0), out)
+    else:
+        codec.decode_mean(payloads, out=vector)
+    return (_status("VmHWM") - before) / (4 * len(gradient))
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def start_memory(call: str, given: bool, source: list[str]) -> subprocess.Popen:
+    """A process that prints ``peak_memory``."""
+    command = [sys.executable, __file__, "--memory", call, *(["--out"] if given else []), *source]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def figure(row: str, name: str, value: float, unit: str, seconds: float | None = None, goal=None) -> dict:
+    """A row of the CSV. Overheads should be at most their goals, all else at least."""
+    must, aim = goal or GOALS.get((row, name), (None, None))
+    value = round(value, 4)
+    sign = -1 if name == "over_entropy" else 1
+
+    def meets(wanted):
+        return "" if wanted is None else "yes" if sign * value >= sign * wanted else "no"
+
+    return {"row": row, "figure": name, "value": value, "unit": unit,
+            "milliseconds": "" if seconds is None else round(1000 * seconds, 4),
+            "must": "" if must is None else must, "aim": "" if aim is None else aim,
+            "meets_must": meets(must), "meets_aim": meets(aim)}  # fmt: skip
+
+
+def memcpy_figures(times: dict, size: int) -> tuple[list[dict], float]:
+    """And the seconds of the faster memcpy."""
+    way = min(("memmove", "copy_"), key=lambda name: times["memcpy", name])
+    best, two = times["memcpy", way], times["memcpy", "two"]
+    gain = times["memcpy", "memmove"] / two
+    return [figure("memcpy", way, size / best / 1e9, "GB/s", best), figure("memcpy", "two", gain, "times", two)], best
+
+
+def speed_figures(row: str, times: dict, memcpy: float, gain_of_memcpy: float) -> list[dict]:
+    """Speeds in units of a memcpy's; decode is the slower of one payload and of each of several that are added."""
+    one, mean = times[row, "decode_one"], times[row, "decode_mean"]
+    unit, base = ("times memcpy's", gain_of_memcpy) if row in PACKED else ("times", 1.0)
+    goal = GAIN_OF_MEMCPY if row in PACKED else GAIN
+    found = [(name, times[row, name]) for name in ("encode", "decode_one", "decode_mean")]
+    found.append(("decode", max(one, mean)))
+    gains = [("encode_two", times[row, "encode"]), ("decode_two", mean)]
+    return [figure(row, name, memcpy / seconds, "memcpy", seconds) for name, seconds in found] + [
+        figure(row, name, alone / times[row, name] / base, unit, times[row, name], goal) for name, alone in gains
+    ]
+
+
+def size_figures(row: str, codec: Codec, gradient: Tensor) -> list[dict]:
+    bits = 8 * len(codec.encode(gradient, key(0))) / len(gradient)
+    found = [figure(row, "bits", bits, "bits per coordinate")]
+    if (row, "over_entropy") in GOALS:
+        without, with_headers = over_entropy(codec, gradient)
+        found.append(figure(row, "over_entropy", without, "%"))
+        found.append(figure(row, "over_entropy_with_headers", with_headers, "%"))
+    return found
+
+
+def peer_figures(row: str, peer: Peer, times: dict, memcpy: float) -> list[dict]:
+    speeds = [figure(row, name, memcpy / times[row, name], "memcpy", times[row, name]) for name in ("encode", "decode")]
+    return [*speeds, figure(row, "bits", peer.bits, "bits per coordinate")]
+
+
+def grace_figures(times: dict) -> list[dict]:
+    """How many times faster the adaptive codec is."""
+    ours = {"encode": times["adaptive4", "encode"]}
+    ours["decode"] = max(times["adaptive4", "decode_one"], times["adaptive4", "decode_mean"])
+    return [figure("over_grace", name, times["grace", name] / ours[name], "times") for name in ours]
+
+
+def memory_figures(source: list[str]) -> list[dict]:
+    """In four processes at once, before anything is timed."""
+    running = {
+        (row, name): start_memory(call, row == "memory_out", source)
+        for row in ("memory_out", "memory")
+        for name, call in (("encode", "encode"), ("decode", "decode_mean"))
+    }
+    printed = {place: process.communicate()[0] for place, process in running.items()}
+    return [figure(row, name, float(text), "gradients") for (row, name), text in printed.items()]
+
+
+def measure(gradient: Tensor, rounds: int, source: list[str]) -> list[dict]:
+    """All rows of the CSV."""
+    found = memory_figures(source)
+    ours, vector = codecs(gradient), torch.ones_like(gradient)
+    out = torch.ones(max(codec.bound(len(gradient)) for codec in ours.values()), dtype=torch.uint8)
+    theirs = peers(gradient, ours["adaptive4"])
+    with ThreadPoolExecutor(1) as pool:
+        calls = timed_memcpy(gradient, vector, pool)
+        for row, codec in ours.items():
+            calls += timed_codec(row, codec, gradient, out, vector)
+        for row, peer in theirs.items():
+            calls += [Timed(row, "encode", peer.encode), Timed(row, "decode", peer.decode)]
+        times = medians(calls, rounds)
+    rows, memcpy = memcpy_figures(times, 4 * len(gradient))
+    for row, codec in ours.items():
+        rows += speed_figures(row, times, memcpy, rows[1]["value"]) + size_figures(row, codec, gradient)
+    for row, peer in theirs.items():
+        rows += peer_figures(row, peer, times, memcpy)
+    everything = rows + grace_figures(times) + found
+    return [{**about(), "coordinates": len(gradient), "rounds": rounds, **row} for row in everything]
+
+
+def about() -> dict:
+    """Commit, date, device with its processor's name, and the codec's backend."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    here = provenance()
+    return {**here, "device": ", ".join([here["device"], *names[:1]]), "backend": hvd_qgenx.backend}
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def write(rows: list[dict], folder: Path) -> None:
+    """One run, one file: ratios of different runs do not compare."""
+    with open(folder / "codec_speed.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(folder: Path = RESULTS) -> dict[tuple[str, str], dict]:
+    with open(folder / "codec_speed.csv", newline="") as file:
+        return {(row["row"], row["figure"]): row for row in csv.DictReader(file)}
+
+
+def table(folder: Path = RESULTS) -> str:
+    """The figures as Markdown, each with what it must be and what is aimed at, and whether it is."""
+    rows = read(folder)
+    lines = [
+        "| | bits per coordinate | encode | decode + add | encode by two threads | decode by two | % over entropy |",
+        "|---|---|---|---|---|---|---|",
+        f"| {_memcpy_label(rows)} | 32 | 1 | 1 | {_cell(rows, 'memcpy', 'two')} | | |",
+    ]
+    names = ("bits", "encode", "decode", "encode_two", "decode_two", "over_entropy")
+    for row, label in {**CODECS, **PEERS, **OTHERS}.items():
+        if (row, "encode") in rows:
+            lines.append(f"| {' | '.join([label, *(_cell(rows, row, name) for name in names)])} |")
+    return "\n".join(lines).replace("|  |", "| |").replace("|  |", "| |")
+
+
+def _memcpy_label(rows: dict) -> str:
+    way = "memmove" if ("memcpy", "memmove") in rows else "copy_"
+    row = rows["memcpy", way]
+    return f"memcpy by {way}, {4 * int(row['coordinates']) / 2**20:.3g} MiB: {float(row['value']):.1f} GB/s"
+
+
+def _cell(rows: dict, row: str, name: str) -> str:
+    if (row, name) not in rows:
+        return ""
+    found = rows[row, name]
+    text = f"{float(found['value']):.2f}"
+    if name == "over_entropy":
+        text += f"; {float(rows[row, name + '_with_headers']['value']):.2f} with headers"
+    goals = [f"{found[kind]} {found['meets_' + kind]}" for kind in ("must", "aim") if found[kind]]
+    return text + (f" ({', '.join(goals)})" if goals else "")
+
+
+def plot(folder: Path) -> None:
+    """Bars of the speeds, and ticks at the least that they must be and at what is aimed at."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return print("matplotlib is not installed, there is no plot (pip install 'hvd_qgenx[benchmarks]')")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows, labels = read(folder), {**CODECS, **PEERS}
+    shown = [row for row in labels if (row, "encode") in rows]
+    figure_, axes = pyplot.subplots(1, 2, figsize=(11, 6), sharey=True)
+    for axis, name, title in zip(axes, ("encode", "decode"), ("encode", "decode + add"), strict=True):
+        _bars(axis, [rows[row, name] for row in shown])
+        axis.set_xlabel(f"{title}, one core: speed in units of a memcpy's")
+    axes[0].set_yticks(range(len(shown)), [labels[row].replace("`", "") for row in shown])
+    axes[0].invert_yaxis()
+    figure_.tight_layout()
+    figure_.savefig(folder / "codec_speed.png", dpi=110)
+    pyplot.close(figure_)
+
+
+def _bars(axis, found: list[dict]) -> None:
+    colours = ["#4477aa" if row["row"] in CODECS else "#bbbbbb" for row in found]
+    axis.barh(range(len(found)), [float(row["value"]) for row in found], color=colours)
+    for kind, colour in (("must", "#ee6677"), ("aim", "#228833")):
+        goals = [(float(row[kind]), place) for place, row in enumerate(found) if row[kind]]
+        axis.plot([x for x, _ in goals], [y for _, y in goals], "|", color=colour, markersize=18, label=kind)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.legend(loc="lower right", markerscale=0.5)
+
+
+def load(flags) -> Tensor:
+    if flags.gradient:
+        return torch.load(flags.gradient, weights_only=True).detach().float().reshape(-1).contiguous()
+    return torch.randn(flags.numel, generator=torch.Generator().manual_seed(0))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the table of the rows in --results and end")
+    parser.add_argument("--numel", type=int, default=2**24, help="coordinates of a Gaussian gradient")
+    parser.add_argument("--gradient", help="a tensor saved by torch.save, to be taken instead")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV and the plot")
+    parser.add_argument("--memory", choices=["encode", "decode_mean"], help="print the peak memory of a call and end")
+    parser.add_argument("--out", action="store_true", help="with --memory: out= is given")
+    flags = parser.parse_args()
+    torch.set_num_threads(1)
+    if flags.memory:
+        print(peak_memory(flags.memory, flags.out, load(flags)))
+    else:
+        if not flags.table:
+            source = ["--gradient", flags.gradient] if flags.gradient else ["--numel", str(flags.numel)]
+            write(measure(load(flags), flags.rounds, source), flags.results)
+            plot(flags.results)
+        print(table(flags.results))
