@@ -12,7 +12,12 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.mark.parametrize(
     ("page", "benchmark"),
-    [("README.md", "bytes_sent"), ("README.md", "staleness"), ("README.md", "codec_speed"), ("docs/levels.md", "levels_table")],
+    [
+        ("README.md", "bytes_sent"),
+        ("README.md", "staleness"),
+        ("README.md", "codec_speed"),
+        ("docs/levels.md", "levels_table"),
+    ],
 )
 def test_tables_are_those_of_the_committed_rows(monkeypatch, page, benchmark):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
