@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from bytes_sent import provenance
+from records import append, provenance
 
 RESULTS = Path(__file__).resolve().parent / "results" / "adaptation_cost.csv"
 COLUMNS = ["commit", "date", "device", "ranks", "coordinates", "bits", "statistics", "rate_weight", "ms_encode",
@@ -85,17 +85,8 @@ def run(sizes: list[int], repeats: int) -> None:
     origin = provenance()
     rows = [{**origin, **measure(size, case, repeats)} for size in sizes for case in CASES]
     if hvd.rank() == 0:
-        append(rows)
+        append(RESULTS, COLUMNS, rows)
         print(table())
-
-
-def append(rows: list[dict]) -> None:
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def table() -> str:

@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
-import platform
-import subprocess
 import sys
-import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from records import ROOT, append, provenance
+
 RESULTS = ROOT / "benchmarks" / "results" / "bytes_sent.csv"
 COLUMNS = ["commit", "date", "device", "ranks", "width", "coordinates", "choice", "exchanges", "bytes_first_iteration",
            "bytes_per_exchange", "bits_per_coordinate", "float32_over_sent", "relative_variance"]  # fmt: skip
@@ -104,31 +100,8 @@ def run(width: int, batch: int, iterations: int) -> None:
         if hvd.rank() == 0:
             print(f"{choice}: {rows[-1]['bits_per_coordinate']} bits per coordinate", flush=True)
     if hvd.rank() == 0:
-        append(rows)
+        append(RESULTS, COLUMNS, rows)
         print(table())
-
-
-def provenance() -> dict:
-    """Commit (marked if the tree differs from it), date, device."""
-    commit = _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", "hvd_qgenx") else "")
-    return {
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-        "device": f"CPU {platform.machine()}, {os.cpu_count()} cores",
-    }
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def append(rows: list[dict]) -> None:
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def table() -> str:

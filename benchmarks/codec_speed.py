@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bytes_sent import ROOT, provenance
+from records import ROOT, provenance
 from torch import Tensor
 
 import hvd_qgenx

@@ -65,7 +65,7 @@ def write(stream: str) -> None:
 
 
 def battery() -> None:
-    from bytes_sent import provenance
+    from records import provenance
 
     origin, rows = provenance(), []
     for stream in STREAMS:

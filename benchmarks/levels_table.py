@@ -11,7 +11,7 @@ import csv
 from pathlib import Path
 
 import torch
-from bytes_sent import provenance
+from records import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results" / "levels_table.csv"
 COLUMNS = ["commit", "date", "device", "bucket", "norm", "bits", "levels", "relative_variance", "bits_per_coordinate"]

@@ -21,7 +21,7 @@ import sys
 
 import numpy as np
 import torch
-from bytes_sent import ROOT, provenance
+from records import ROOT, provenance
 
 import hvd_qgenx
 

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from bytes_sent import provenance
+from records import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "staleness.csv"
