@@ -123,7 +123,7 @@ def test_one_element_survives(coder, value):
 
 
 @pytest.mark.skipif(
-    "HVD_QGENX_TEST_HUGE" not in os.environ, reason="takes 20 GB and minutes: ask for it with HVD_QGENX_TEST_HUGE=1"
+    "HVD_QGENX_TEST_HUGE" not in os.environ, reason="takes 12 GB and minutes: ask for it with HVD_QGENX_TEST_HUGE=1"
 )
 def test_more_coordinates_than_int32_can_count():
     codec, numel = Codec(Levels.uniform(4), "fixed", bucket_size=16384, norm="linf"), 2**31 + 5

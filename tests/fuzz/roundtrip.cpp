@@ -177,7 +177,7 @@ int main() {
         trips++;
     };
     for (const qgenx_codebook &book : make_books()) {
-        for (uint32_t bucket_size : {1u, 2u, 63u, 64u, 65u, 1000u, 16384u})
+        for (uint32_t bucket_size : {1u, 64u, 65u, 16384u})
             for (size_t numel : {0, 1, 2, 64, 195, 1001}) trip(book, bucket_size, numel);
         trip(book, 16384, 30000);
     }
