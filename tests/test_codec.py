@@ -1,11 +1,14 @@
 """The codec as a whole: round trips, sizes, bad arguments, numbers that are not finite."""
 
+import os
+
 import pytest
 import torch
 
-from hvd_qgenx import Codec, Key, Levels, PayloadError
+from hvd_qgenx import Codec, Key, Levels, PayloadError, core
 from hvd_qgenx.coders import CODERS
 
+COMPILED = [name for name in ("portable", core.backend.name) if name != "reference"]
 SIZES = [0, 1, 2, 31, 63, 64, 65, 1001, 20_000]
 
 
@@ -88,6 +91,49 @@ def test_zero_and_subnormal_vectors_survive():
 def test_other_float_types_are_converted(dtype):
     codec, vector = Codec(Levels.uniform(4)), torch.randn(100, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert torch.equal(codec.encode(vector, Key(0, 0, 0)), codec.encode(vector.float(), Key(0, 0, 0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", COMPILED)
+def test_flushing_subnormal_numbers_in_torch_changes_no_byte(backend, dtype):
+    """Not for float64, which torch itself converts to float32, then flushing what is subnormal there."""
+    codec = Codec(Levels.exponential(4), bucket_size=16)
+    scale = torch.tensor([1.0, 1e-39, 1e-43, 1e-7]).repeat_interleave(16)
+    vector = (torch.randn(64, generator=torch.Generator().manual_seed(0)).double() * scale).to(dtype)
+    assert dtype == torch.float16 or vector.float().abs()[16:48].max() > 0
+    with core.force(backend):
+        payload = codec.encode(vector, Key(0, 0, 0))
+        decoded = codec.decode_mean([payload])
+        try:
+            assert torch.set_flush_denormal(True)
+            flushed = codec.encode(vector, Key(0, 0, 0))
+            again = codec.decode_mean([payload])
+        finally:
+            torch.set_flush_denormal(False)
+    assert torch.equal(flushed, payload) and torch.equal(again.view(torch.int32), decoded.view(torch.int32))
+
+
+@pytest.mark.parametrize("coder", CODERS)
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, -1e-39, 3.0, -3.4e38])
+def test_one_element_survives(coder, value):
+    for norm in ("l2", "linf"):
+        codec = Codec(Levels.uniform(3), coder, norm=norm)
+        decoded = codec.decode_mean([codec.encode(torch.tensor(value), Key(0, 0, 0))])
+        assert torch.equal(decoded, torch.tensor([value]))  # its norm is its magnitude, and level 1 times that exact
+
+
+@pytest.mark.skipif(
+    "HVD_QGENX_TEST_HUGE" not in os.environ, reason="takes 12 GB and minutes: ask for it with HVD_QGENX_TEST_HUGE=1"
+)
+def test_more_coordinates_than_int32_can_count():
+    codec, numel = Codec(Levels.uniform(4), "fixed", bucket_size=16384, norm="linf"), 2**31 + 5
+    vector = torch.zeros(numel)
+    vector[-5:] = torch.tensor([7.0, -6.0, 5.0, 0.0, 1.0])  # multiples of the level 1/7: drawn without chance
+    payload = codec.encode(vector, Key(0, 0, 0))
+    assert len(payload) > 2**30
+    vector[::2**20] = 9.0  # decode_mean must overwrite this
+    decoded = codec.decode_mean([payload], numel, out=vector)
+    assert decoded[-5:].tolist() == [7.0, -6.0, 5.0, 0.0, 1.0] and int(decoded.count_nonzero()) == 4
 
 
 def test_a_tensor_that_is_not_contiguous_is_read_in_its_logical_order():

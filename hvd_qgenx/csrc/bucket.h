@@ -225,6 +225,7 @@ static inline uint32_t get_omega(Reader &reader, const OmegaTables &omega) {
     for (;;) {
         uint64_t window = reader.peek(reader.at);
         if (!(window & 1)) break;
+        if (value > 15) return ~0u; /* a group of so many bits and one more is longer than any bucket */
         uint32_t group = 0;
         for (uint32_t i = 0; i <= value; i++) group = group << 1 | uint32_t(window >> i & 1);
         reader.at += value + 1;
@@ -253,7 +254,7 @@ static const char *read_gaps(const Code &code, Reader &reader, int n, uint16_t *
         if (next < uint32_t(n)) positions[count++] = uint16_t(next);
         next++;
     }
-    return nullptr;
+    return rice && k != rice_parameter(n - count, count + 1) ? "a Rice parameter that no encoder writes" : nullptr;
 }
 
 static const char *read_runs(const Code &code, Reader &reader, int n, const float *table, float *out, bool add,

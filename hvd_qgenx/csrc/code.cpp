@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 namespace qgenx {
 namespace {
@@ -133,6 +134,11 @@ void prepare_search(Code &code) {
     }
 }
 
+const char *check_lengths(const qgenx_codebook &book, const Code &code) {
+    bool same = memcmp(book.lengths, code.lengths, size_t(book.num_levels) + 1) == 0;
+    return same ? nullptr : "code lengths are not those of its coder";
+}
+
 }  // namespace
 
 const OmegaTables &omega_tables() {
@@ -155,6 +161,7 @@ const OmegaTables &omega_tables() {
 }
 
 const char *prepare(const qgenx_codebook &book, Code &code) {
+    if (book.coder > QGENX_ELIAS_RUNS) return "coder is unknown";
     if (book.num_levels < 1 || book.num_levels > QGENX_MAX_LEVELS) return "num_levels is not between 1 and 127";
     code.coder = int(book.coder);
     code.num_levels = int(book.num_levels);
@@ -163,7 +170,7 @@ const char *prepare(const qgenx_codebook &book, Code &code) {
     if (code.num_levels > 15) prepare_search(code);
     if (book.coder == QGENX_FIXED) {
         code.width = fixed_width(code.num_levels);
-        return nullptr;
+        return check_lengths(book, code);
     }
     if (book.coder == QGENX_ELIAS_RUNS) code.runs = Runs::OMEGA;
     if (book.coder == QGENX_HUFFMAN && book.lengths[0] == 0) code.runs = Runs::RICE;
@@ -189,7 +196,7 @@ const char *prepare(const qgenx_codebook &book, Code &code) {
         code.word_bytes[1][index] = uint8_t(code.words[index]);
     }
     grow(code, words, first);
-    return nullptr;
+    return check_lengths(book, code);
 }
 
 int fixed_width(int num_levels) { return bit_length(2 * uint32_t(num_levels)); }

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 #include <new>
-#include <system_error>
 #include <thread>
 
 #include "kernels.h"
@@ -50,7 +50,7 @@ void at_once(int parts, Work work) {
     };
     try {
         for (int part = 0; part + 1 < parts; part++) others.emplace_back(guarded, part);
-    } catch (const std::system_error &) { /* no more threads to be had: the rest is done here */
+    } catch (const std::exception &) { /* no more threads, or no memory for one: the rest is done here */
     }
     for (int part = int(others.size()); part < parts; part++) guarded(part);
     for (std::thread &other : others) other.join();
@@ -83,7 +83,6 @@ int prepare_job(const qgenx_codebook *book, const qgenx_job &job, Code &code, Fa
         return failure.set(QGENX_BAD_ARGUMENT, "bucket_size must be between 1 and %d", QGENX_MAX_BUCKET);
     if (job.norm > QGENX_LINF) return failure.set(QGENX_BAD_ARGUMENT, "norm is unknown");
     if (!book) return QGENX_OK;
-    if (book->coder > QGENX_ELIAS_RUNS) return failure.set(QGENX_BAD_ARGUMENT, "coder is unknown");
     const char *wrong = prepare(*book, code);
     return wrong ? failure.set(QGENX_BAD_ARGUMENT, "%s", wrong) : QGENX_OK;
 }

@@ -1,0 +1,142 @@
+/* What the programs here feed to the core: codebooks, jobs, right checksums. */
+#ifndef FUZZ_INPUTS_H
+#define FUZZ_INPUTS_H
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+#include "qgenx.h"
+
+#define REQUIRE(condition)                                                                    \
+    do {                                                                                      \
+        if (!(condition)) {                                                                   \
+            fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition);     \
+            abort();                                                                          \
+        }                                                                                     \
+    } while (0)
+
+using Bytes = std::vector<uint8_t>;
+
+constexpr size_t HEADER_BYTES = 72, CHECKSUM_BYTES = 4;
+
+/* Where the header's fields begin, and their bytes. */
+struct Field {
+    size_t offset, size;
+};
+constexpr Field FIELDS[] = {{0, 4},  {4, 2},  {6, 1},  {7, 1},  {8, 1},  {9, 1},  {10, 2}, {12, 8},
+                            {20, 8}, {28, 4}, {32, 4}, {36, 4}, {40, 8}, {48, 8}, {56, 4}, {60, 4}, {64, 8}};
+
+template <class T>
+inline T get(const uint8_t *at) {
+    T value;
+    memcpy(&value, at, sizeof(T));
+    return value;
+}
+
+template <class T>
+inline void put(uint8_t *at, T value) {
+    memcpy(at, &value, sizeof(T));
+}
+
+/* Makes size and checksum right, so that the rest is looked at. */
+inline void sign(Bytes &payload) {
+    if (payload.size() < HEADER_BYTES + CHECKSUM_BYTES) return;
+    put(payload.data() + 12, uint64_t(payload.size()));
+    size_t content = payload.size() - CHECKSUM_BYTES;
+    put(payload.data() + content, qgenx::portable_kernels().crc(0, payload.data(), content));
+}
+
+enum class Table { UNIFORM, EXPONENTIAL, CROWDED };
+enum class Words { FLAT, SKEWED, RUNS };
+
+inline uint32_t bits_of(uint32_t n) { return n ? 1 + bits_of(n / 2) : 0; }
+
+/* Bits of Elias' word of n. */
+inline uint32_t elias_length(uint32_t coder, uint32_t n) {
+    uint32_t bits = bits_of(n);
+    if (coder == QGENX_ELIAS_GAMMA) return 2 * bits - 1;
+    if (coder == QGENX_ELIAS_DELTA) return 2 * bits_of(bits) - 1 + bits - 1;
+    return n == 1 ? 1 : elias_length(coder, bits - 1) + bits;
+}
+
+/* Bits of the code word of index j of s. */
+inline uint32_t word_length(uint32_t coder, uint32_t s, Words words, uint32_t j) {
+    if (coder == QGENX_FIXED) return 0;
+    if (coder == QGENX_ELIAS_RUNS) return j ? elias_length(coder, j) : 0;
+    if (coder != QGENX_HUFFMAN) return elias_length(coder, j + 1);
+    if (words == Words::RUNS && (j == 0 || s == 1)) return 0;
+    if (words != Words::SKEWED) return bits_of(s);
+    return s > 14 ? (j < 7 ? j + 1 : 14) : j < s ? j + 1 : s;
+}
+
+/* A codebook of `num_levels`, 1 to 127; `words` are the lengths of Huffman's code words. */
+inline qgenx_codebook make_book(uint32_t coder, uint32_t num_levels, Table table, Words words, uint64_t hash = 0) {
+    qgenx_codebook book = {};
+    book.coder = coder;
+    book.num_levels = num_levels;
+    book.hash = hash;
+    for (uint32_t j = 0; j <= num_levels; j++) {
+        double place = double(j) / num_levels;
+        book.levels[j] = float(table == Table::UNIFORM ? place
+                               : table == Table::CROWDED && j && j < num_levels ? 0.5 + place / 4096
+                               : table == Table::CROWDED ? place
+                               : j ? std::pow(0.8, num_levels - j) : 0.0);
+        book.lengths[j] = uint8_t(word_length(coder, num_levels, words, j));
+    }
+    return book;
+}
+
+inline qgenx_job make_job(const std::vector<uint64_t> &sizes, uint32_t bucket_size, uint32_t norm, uint32_t min_numel,
+                          bool with_codebook) {
+    qgenx_job job = {};
+    job.sizes = sizes.data();
+    job.num_segments = uint32_t(sizes.size());
+    job.min_numel = min_numel;
+    job.bucket_size = bucket_size;
+    job.norm = norm;
+    job.words[0] = 0x12345678u;
+    job.words[1] = 0x9abcdef0u;
+    job.inline_codebook = with_codebook;
+    return job;
+}
+
+/* The largest payloads fit exactly, so that a byte too many is seen. */
+inline Bytes encode(const qgenx_codebook &book, const qgenx_job &job, const std::vector<float> &vector, int threads,
+                    qgenx_path path) {
+    char message[QGENX_MESSAGE];
+    uint64_t bound = 0, size = 0;
+    REQUIRE(qgenx_bound(&book, &job, &bound, message) == QGENX_OK);
+    Bytes out(bound);
+    memory::Watch watch;
+    REQUIRE(qgenx_encode(&book, &job, vector.data(), out.data(), bound, &size, nullptr, threads, path, message) ==
+            QGENX_OK);
+    memory::check(0, threads);
+    REQUIRE(size <= bound);
+    return Bytes(out.begin(), out.begin() + long(size));
+}
+
+/* splitmix64: the same numbers for a seed everywhere. */
+struct Random {
+    uint64_t state;
+
+    uint64_t next() {
+        uint64_t z = state += 0x9E3779B97F4A7C15ull;
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+        return z ^ (z >> 31);
+    }
+    uint64_t below(uint64_t count) { return count ? next() % count : 0; }
+    float normal() { /* nearly: a sum of four */
+        float sum = 0;
+        for (int i = 0; i < 4; i++) sum += float(next() >> 40) * 0x1p-24f - 0.5f;
+        return sum;
+    }
+};
+
+#endif
