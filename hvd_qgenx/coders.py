@@ -182,13 +182,16 @@ def _read_runs(kind: str, reader: _Reader, buckets: Buckets) -> Tensor:
     found, first = [], 0
     for bucket, length in enumerate(buckets.lengths.tolist()):
         k = sum(reader.bit(bucket) << bit for bit in range(_RICE_BITS)) if kind == "rice" else 0
-        place = 0
+        place, before = 0, len(found)
         while place < length:
             place += _read_omega(reader, bucket) - 1 if kind == "omega" else _read_rice(reader, bucket, k)
             if place > length:
                 raise CodeError("a bucket whose code words pass its end")
             found += [first + place] * (place < length)
             place += 1
+        nonzero = len(found) - before
+        if kind == "rice" and k != rice_parameter(length - nonzero, nonzero + 1):
+            raise CodeError("a Rice parameter that no encoder writes")
         first += length
     return torch.tensor(found, dtype=torch.int64)
 

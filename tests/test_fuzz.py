@@ -198,6 +198,8 @@ HOSTILE = {
         "coded",
         _hostile("elias_runs", [0, 1], [1.0], _bucket(_bits(
             "10 111 11111111" + ("1" + "0" * 62 + "1") * 4 + "0" + "10 110 1010000 0" + "0" + "0"), 80), 80, 128)),
+    "a Rice parameter that no encoder writes": (
+        "coded", _hostile("huffman", [0, 0], [1.0], _bucket(_bits("1000" + "1 0" * 4 + "0000"), 4), 4)),
     "nothing but ones where runs should be": (
         "coded", _hostile("elias_runs", [0, 1], [1.0], _bucket(b"\xff" * 24, 64), 64)),
     "nothing but zeros where runs should be": (
