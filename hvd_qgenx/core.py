@@ -147,13 +147,6 @@ def encode(codebook: _Book, cut: _Job, vector: Tensor, out: Tensor, counts: Tens
     return size.value
 
 
-def quantize(codebook: _Book, cut: _Job, vector: Tensor, norms: Tensor, symbols: Tensor) -> None:
-    """Fills norms float32[B] and symbols int8[n] of the coded segments, whose sizes the caller has counted."""
-    _check(vector, torch.float32, _numel(cut))
-    norms_at, symbols_at = _pointer(norms, torch.float32), _pointer(symbols, torch.int8)
-    _call("qgenx_quantize", byref(codebook), byref(cut), _pointer(vector, torch.float32), norms_at, symbols_at, *_how())
-
-
 def parse(payload: Tensor, expected: int | None) -> int:
     """The coordinates of a payload whose header and sections fit its bytes."""
     numel = c_uint64()

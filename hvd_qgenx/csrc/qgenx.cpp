@@ -247,13 +247,10 @@ int quantize(const qgenx_codebook &book, const qgenx_job &job, const float *vect
         at_once(parts, [&](int part) {
             uint64_t end = part_start(layout.buckets, part + 1, parts);
             Scratch scratch(int(layout.bucket_size), 0);
-            uint64_t raw = 0, position = 0; /* the raw coordinates before a bucket are not among the symbols */
+            uint64_t raw = 0; /* the raw coordinates before a bucket are not among the symbols */
             uint32_t segment = 0;
             for (Walk walk(layout, part_start(layout.buckets, part, parts)); walk.bucket < end; walk.next()) {
-                for (; segment < walk.segment; segment++) {
-                    position += layout.size(segment);
-                    raw += layout.is_raw(segment) ? layout.size(segment) : 0;
-                }
+                for (; segment < walk.segment; segment++) raw += layout.is_raw(segment) ? layout.size(segment) : 0;
                 encoding.symbols_of(walk, scratch.symbols.get(), scratch);
                 memcpy(symbols + (walk.position() - raw), scratch.symbols.get(), size_t(walk.numel()));
             }

@@ -14,7 +14,8 @@
  * several threads. Each uses up to `threads` threads of its own for the time of the call.
  *
  * Memory: encode and decode_mean need for each thread a scratch of at most 0.8 MB, decode_mean 16 kB more for each
- * payload, statistics 4 bytes for each bucket; none a temporary of the vector's size. tests/fuzz holds them to it.
+ * payload, statistics 4 bytes for each bucket; none a temporary of the vector's size. tests/fuzz holds
+ * the first two to it.
  */
 #ifndef QGENX_H
 #define QGENX_H

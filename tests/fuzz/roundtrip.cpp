@@ -88,14 +88,14 @@ void round_trip(const qgenx_codebook &book, const qgenx_job &job, const std::vec
     for (qgenx_path path : {QGENX_PORTABLE, best}) check_values(decode(book, payload, vector.size(), threads, path), expected);
 }
 
-void statistics(const qgenx_job &job, const std::vector<float> &vector, int threads) {
+void statistics(const qgenx_job &job, const std::vector<float> &vector, int threads, qgenx_form form) {
     char message[QGENX_MESSAGE];
     std::vector<int64_t> found[2];
     for (qgenx_path path : {QGENX_PORTABLE, qgenx_best_path()}) {
         std::vector<int64_t> &bins = found[path];
         bins.assign(2 * QGENX_NUM_BINS + 1, -1);
         int32_t exponent = 0;
-        REQUIRE(qgenx_statistics(&job, vector.data(), &exponent, -1000, bins.data(), bins.data() + QGENX_NUM_BINS, threads,
+        REQUIRE(qgenx_statistics(&job, vector.data(), form, &exponent, -1000, bins.data(), bins.data() + QGENX_NUM_BINS, threads,
                                  path, message) == QGENX_OK);
         bins.back() = exponent;
     }
@@ -145,7 +145,7 @@ void in_threads(const qgenx_codebook &book) {
     std::vector<float> vector = make_vector(270003, NORMAL);
     qgenx_job job = make_job(sizes, 1000, QGENX_LINF, 3, true);
     round_trip(book, job, vector, 3);
-    statistics(job, vector, 3);
+    for (qgenx_form form : {QGENX_HISTOGRAM, QGENX_MOMENTS}) statistics(job, vector, 3, form);
     double error = 0, norm = 0;
     qgenx_error(vector.data(), vector.data(), vector.size(), &error, &norm, 3);
     REQUIRE(error == 0 && norm > 0);
@@ -173,7 +173,7 @@ int main() {
         qgenx_job job = make_job(sizes, bucket_size, trips / KINDS % 2, numel % 2 ? 5 : 0, trips % 3 != 0);
         std::vector<float> vector = make_vector(numel, Kind(trips % KINDS));
         round_trip(book, job, vector, 1);
-        statistics(job, vector, 1);
+        for (qgenx_form form : {QGENX_HISTOGRAM, QGENX_MOMENTS}) statistics(job, vector, 1, form);
         trips++;
     };
     for (const qgenx_codebook &book : make_books()) {
