@@ -177,24 +177,29 @@ inline __m256 gather(const float *table, const uint8_t *indices) {
     return _mm256_i32gather_ps(table, index, 4);
 }
 
-template <bool ADD, bool FEW>
-void accumulate_as(const uint8_t *indices, int n, const float *table, float *out, Ahead &ahead) {
-    __m256 few = _mm256_loadu_ps(table);
+template <bool ADD, bool FEW, bool DIVIDE>
+void accumulate_as(const uint8_t *indices, int n, const float *table, float *out, float divisor, Ahead &ahead) {
+    __m256 few = _mm256_loadu_ps(table), by = _mm256_set1_ps(divisor);
     int i = 0;
     for (; i + 8 <= n; i += 8) {
         if (i % 128 == 0) ahead.lines(8);
         __m256 value = FEW ? look_up(few, indices + i) : gather(table, indices + i);
         __m256 before = ADD ? _mm256_loadu_ps(out + i) : _mm256_setzero_ps();
-        _mm256_storeu_ps(out + i, _mm256_add_ps(before, value));
+        __m256 sum = _mm256_add_ps(before, value);
+        _mm256_storeu_ps(out + i, DIVIDE ? _mm256_div_ps(sum, by) : sum);
     }
-    for (; i < n; i++) out[i] = (ADD ? out[i] : 0.0f) + table[indices[i]];
+    for (; i < n; i++) out[i] = ((ADD ? out[i] : 0.0f) + table[indices[i]]) / divisor;
 }
 
 void accumulate(const uint8_t *indices, int n, const float *table, int num_levels, float *out, bool add,
-                Ahead &ahead) {
-    auto run = num_levels < 8 ? add ? accumulate_as<true, true> : accumulate_as<false, true>
-                              : add ? accumulate_as<true, false> : accumulate_as<false, false>;
-    run(indices, n, table, out, ahead);
+                float divisor, Ahead &ahead) {
+    using Run = void (*)(const uint8_t *, int, const float *, float *, float, Ahead &);
+    static const Run runs[2][2][2] = {
+        {{accumulate_as<false, false, false>, accumulate_as<false, false, true>},
+         {accumulate_as<false, true, false>, accumulate_as<false, true, true>}},
+        {{accumulate_as<true, false, false>, accumulate_as<true, false, true>},
+         {accumulate_as<true, true, false>, accumulate_as<true, true, true>}}};
+    runs[add][num_levels < 8][divisor != 1.0f](indices, n, table, out, divisor, ahead);
 }
 
 /* ---- rounding ---------------------------------------------------------------------------------------------------- */

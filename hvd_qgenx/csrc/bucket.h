@@ -258,7 +258,7 @@ static const char *read_gaps(const Code &code, Reader &reader, int n, uint16_t *
 }
 
 static const char *read_runs(const Code &code, Reader &reader, int n, const float *table, float *out, bool add,
-                             Scratch &scratch) {
+                             float divisor, Scratch &scratch) {
     uint16_t *positions = scratch.positions.get();
     uint8_t *indices = scratch.indices.get();
     int count;
@@ -271,6 +271,8 @@ static const char *read_runs(const Code &code, Reader &reader, int n, const floa
         for (int i = 0; i < n; i++) out[i] = table[0];
     else
         for (int i = 0; i < count; i++) out[positions[i]] += table[indices[i]];
+    if (divisor != 1.0f)
+        for (int i = 0; i < n; i++) out[i] /= divisor;
     return nullptr;
 }
 
@@ -329,7 +331,7 @@ static int encode_bucket(const Code &code, const int8_t *symbols, int n, uint8_t
 }
 
 static const char *decode_bucket(const Code &code, const uint8_t *bytes, int size, int n, float norm, float *out,
-                                 bool add, Scratch &scratch) {
+                                 bool add, float divisor, Scratch &scratch) {
     float table[256];
     for (int index = 0; index <= code.num_levels; index++) {
         table[index] = code.levels[index] * norm;
@@ -345,12 +347,12 @@ static const char *decode_bucket(const Code &code, const uint8_t *bytes, int siz
     } else {
         Reader reader{copy, 0, 8 * uint64_t(size)};
         wrong = code.runs == Runs::NONE ? read_tree(code, reader, n, indices, scratch)
-                                        : read_runs(code, reader, n, table, out, add, scratch);
+                                        : read_runs(code, reader, n, table, out, add, divisor, scratch);
         if (!wrong && reader.end - reader.at >= 8) return "a bucket with bytes behind its code words";
         if (!wrong && reader.end != reader.at && copy[size - 1] >> (8 - (reader.end - reader.at))) return BEHIND;
     }
     if (wrong || code.runs != Runs::NONE) return wrong;
-    accumulate(indices, n, table, code.num_levels, out, add, scratch.ahead);
+    accumulate(indices, n, table, code.num_levels, out, add, divisor, scratch.ahead);
     return nullptr;
 }
 

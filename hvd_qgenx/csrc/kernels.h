@@ -60,9 +60,9 @@ struct Kernels {
                   Scratch &scratch);
     /* The bytes of a bucket's code; `out` has room for most_bytes. */
     int (*encode)(const Code &code, const int8_t *symbols, int n, uint8_t *out, Scratch &scratch);
-    /* Adds a bucket to `out`, or to zeros; returns NULL, or why these bytes are no code. */
+    /* Adds a bucket to `out`, or to zeros, and divides; returns NULL, or why these bytes are no code. */
     const char *(*decode)(const Code &code, const uint8_t *bytes, int size, int n, float norm, float *out, bool add,
-                          Scratch &scratch);
+                          float divisor, Scratch &scratch);
     /* Counts a bucket's normalised magnitudes in QGENX_NUM_BINS bins. */
     void (*histogram)(const float *values, int n, float norm, int64_t *bins, Scratch &scratch);
     /* The sums of 1, r and r^2 over a bucket, in units of 2^-16. */

@@ -87,11 +87,9 @@ void unpack_nibbles(const uint8_t *bytes, int n, uint8_t *codes) {
     for (int i = 0; i < n; i++) codes[i] = uint8_t(bytes[i / 2] >> (i & 1 ? 4 : 0) & 15);
 }
 
-void accumulate(const uint8_t *indices, int n, const float *table, int, float *out, bool add, Ahead &) {
-    if (add)
-        for (int i = 0; i < n; i++) out[i] += table[indices[i]];
-    else
-        for (int i = 0; i < n; i++) out[i] = 0.0f + table[indices[i]];
+void accumulate(const uint8_t *indices, int n, const float *table, int, float *out, bool add, float divisor,
+                Ahead &) {
+    for (int i = 0; i < n; i++) out[i] = ((add ? out[i] : 0.0f) + table[indices[i]]) / divisor;
 }
 
 inline uint32_t hash(uint32_t x, const uint32_t *words) {

@@ -290,14 +290,16 @@ struct Stream {
             at += parsed.bytes_of(walk.bucket, walk.numel());
     }
 
-    const char *decode(const Kernels &kernels, const Walk &walk, float *out, bool add, Scratch &scratch) {
+    const char *decode(const Kernels &kernels, const Walk &walk, float *out, bool add, float divisor,
+                       Scratch &scratch) {
         int n = walk.numel();
         uint64_t size = payload.bytes_of(walk.bucket, n);
         if (size > most_bytes(payload.code, uint64_t(n))) return "a bucket longer than its code words can be";
         const uint8_t *bytes = at;
         at += size;
         float norm = load<float>(payload.norms + 4 * walk.bucket);
-        return kernels.decode(payload.code, bytes, int(size), n, norm, out + walk.position(), add, scratch);
+        return kernels.decode(payload.code, bytes, int(size), n, norm, out + walk.position(), add, divisor,
+                              scratch);
     }
 };
 
@@ -328,12 +330,11 @@ const char *decode_part(const std::vector<Parsed> &payloads, uint64_t first, uin
     }
     Scratch scratch(int(payloads[0].layout.bucket_size), int(nodes));
     for (Walk walk(payloads[0].layout, first); walk.bucket < end; walk.next()) {
-        bool more = add;
-        for (Stream &stream : streams) {
-            if (const char *wrong = stream.decode(kernels, walk, out, more, scratch)) return wrong;
-            more = true;
+        for (size_t i = 0; i < streams.size(); i++) {
+            float divisor = i + 1 < streams.size() ? 1.0f : float(count);
+            const char *wrong = streams[i].decode(kernels, walk, out, add || i, divisor, scratch);
+            if (wrong) return wrong;
         }
-        divide(out + walk.position(), uint64_t(walk.numel()), count);
     }
     return nullptr;
 }
