@@ -132,11 +132,8 @@ class Exchange:
         return _cut(outgoing.vector, outgoing.sizes, outgoing.present)
 
     def kept_values(self) -> list[Tensor | None] | None:
-        """What ``values`` was in the last exchange; None if it was not kept."""
-        return None if self.kept is None else self._own(self.kept[self.group.rank])
-
-    def _own(self, sent: Tensor) -> list[Tensor | None]:
-        raise NotImplementedError
+        """What ``values`` was in the last exchange; None if it was not kept, as on one rank alone."""
+        return None
 
     def state_dict(self) -> dict:
         """Equal on all ranks."""
@@ -221,8 +218,8 @@ class DenseExchange(Exchange):
         self.kept = [self.compression.decompress(one, context) for one in received]
         return _mean(self.kept, 1 if self.op == hvd.Sum else len(self.kept))
 
-    def _own(self, sent: Tensor) -> list[Tensor | None]:
-        return list(sent.split(self.kept_sizes))
+    def kept_values(self) -> list[Tensor | None] | None:
+        return None if self.kept is None else list(self.kept[self.group.rank].split(self.kept_sizes))
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "kept_sizes": self.kept_sizes}
@@ -305,7 +302,10 @@ class PayloadExchange(Exchange):
         self.step += 1
         return Gathered(self.codec, records, payloads)
 
-    def _own(self, sent: Tensor) -> list[Tensor | None]:
+    def kept_values(self) -> list[Tensor | None] | None:
+        if self.kept is None:
+            return None
+        sent = self.kept[self.group.rank]
         return list(self.codec.decode_mean([sent]).split(list(self.codec.sizes_of(sent))))
 
     def deliver(self, outgoing: Outgoing, stage: str, names: Sequence[str], term: float = 0.0, keep: bool = False):
