@@ -1,5 +1,7 @@
 """The compiled core; everything else stands in setup.cfg."""
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 CORE = "hvd_qgenx/csrc"
@@ -9,7 +11,7 @@ setup(
         Extension(
             "hvd_qgenx._core",
             sources=[f"{CORE}/{name}.cpp" for name in ("qgenx", "payload", "code", "portable", "avx2")],
-            depends=[f"{CORE}/{name}.h" for name in ("qgenx", "payload", "code", "kernels", "bucket")],
+            depends=glob(f"{CORE}/*.h"),
             language="c++",
             # No contraction: a product and a sum are rounded one after the other, on every path.
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],

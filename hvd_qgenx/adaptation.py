@@ -124,12 +124,13 @@ def fit(statistics: Statistics, bits: int, rate_weight: float = 0.0) -> tuple[Le
     """Levels, and how often each magnitude then occurs; None if the statistics have no weight.
 
     A function of integers in float64 and in a fixed order: equal statistics give equal results on all ranks. See
-    ``Levels.fitted`` for ``rate_weight``.
+    ``Levels.fitted`` for ``rate_weight``; up to 4 bits, levels are ``short``, which rounds a coordinate faster.
     """
     if not statistics.weighted.any():
         return None
     counts, plain = _counts(statistics.weighted), _counts(statistics.plain)
-    levels = Levels.fitted(_with_one_more(counts, sum(plain)), bits, rate_weight=rate_weight, plain_counts=plain)
+    seen = _with_one_more(counts, sum(plain))
+    levels = Levels.fitted(seen, bits, rate_weight=rate_weight, plain_counts=plain).short()
     shares = Distribution(plain).symbol_probabilities(levels.values)
     return levels, tuple(round(share * _COUNT_SCALE) for share in shares)
 

@@ -51,7 +51,8 @@ class Codec:
         levels: positive levels, ``Levels``.
         coder: "huffman", "elias_gamma", "elias_delta", "elias_omega", "elias_runs" or "fixed". "elias_runs" is QSGD's:
             Elias omega of the gaps between non-zeros and of their levels. "huffman" codes zeros as runs (Golomb-Rice)
-            where the counts say that more than four in five are zeros, else by words of their own.
+            where the counts say that more than four in five are zeros, else by words of their own; of the non-zeros,
+            ones likewise.
         bucket_size: coordinates that share a norm, 1 to 16384.
         norm: "l2" or "linf".
         rounding: "stochastic".
@@ -83,7 +84,7 @@ class Codec:
 
     @cached_property
     def codebook(self) -> Codebook:
-        """The code words of the magnitudes."""
+        """The code words of the symbols."""
         counts = self.counts
         if self.coder == "huffman" and counts is None:
             shares = self.levels.symbol_probabilities(self.norm, self.bucket_size)
@@ -105,9 +106,10 @@ class Codec:
     def expected_bits(self, numel: int, probabilities: Sequence[float] | None = None) -> float:
         """Expected bits of the norms, lengths and code words of ``numel`` coordinates in one segment.
 
-        sum over buckets of 32 (norm) + 16 (length, not for the fixed coder), plus numel * sum_m p_m (bits of m's word
-        + [m > 0]); a bucket's last byte may add up to 7 bits. With Huffman lengths made from the same probabilities it
-        stays below Theorem 2's C_q + (1 - p_0) d + (H(p) + 1) d, C_q = 48 bits a bucket. Source: Q-GenX, theorem 2.
+        sum over buckets of 32 (norm) + 16 (length, not for the fixed coder), plus numel * sum_m p_m (mean bits of the
+        words of m and -m), and runs; a bucket's last byte may add up to 7 bits. With Huffman lengths made from the same
+        probabilities it stays below Theorem 2's C_q + (1 - p_0) d + (H(p) + 1) d, C_q = 48 bits a bucket. Source:
+        Q-GenX, theorem 2.
 
         Args:
             numel: coordinates, 0 or more.
@@ -118,12 +120,8 @@ class Codec:
             probabilities = self.levels.symbol_probabilities(self.norm, self.bucket_size)
         if len(probabilities) != self.levels.num_levels + 1:
             raise ValueError(f"probabilities must be {self.levels.num_levels + 1} numbers, got {len(probabilities)}")
-        book, buckets = self.codebook, -(-numel // self.bucket_size)
-        if book.width:
-            return 32.0 * buckets + book.width * numel
-        words = enumerate(zip(probabilities, book.lengths, strict=True))
-        bits = numel * sum(p * (length + (m > 0)) for m, (p, length) in words)
-        return 48.0 * buckets + bits + (book.run_bits(probabilities[0], self.bucket_size) * numel if book.runs else 0.0)
+        headers = (32.0 if self.codebook.width else 48.0) * -(-numel // self.bucket_size)
+        return headers + numel * self.codebook.expected_bits(probabilities, self.bucket_size)
 
     def encode(
         self,

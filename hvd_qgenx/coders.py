@@ -1,14 +1,13 @@
-"""Codes for the magnitudes 0..s of symbols: fixed width, Elias gamma, delta and omega, Huffman, runs of zeros.
+"""Codes for the symbols -s..s: fixed width, Elias gamma, delta and omega, Huffman, runs.
 
-A codebook is a pure value. A prefix code is laid out in bit planes: its tree is walked node by node, breadth first, and
-each node stores, for the elements that pass it, which way they go; the signs of the non-zeros follow. The size is that
-of the code words, to the bit, yet nothing waits for the symbol before it. Where zeros dominate, their runs are coded in
-place of a word for each, and the planes hold the other elements alone. The fixed width code needs no tree.
+A codebook is a pure value. The words of a prefix code are laid out depth by depth: the first bits of all words, then
+the second bits of those that have one, and so on. The size is that of the code words, to the bit, yet nothing waits
+for the symbol before it. Where zeros dominate, their runs are coded in place of a word for each, and the words are
+those of the other symbols; where ones then dominate, so are theirs. The fixed width code needs no words.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,8 @@ from hvd_qgenx.checks import check_choice
 from hvd_qgenx.quantize import Buckets
 
 CODERS = ("fixed", "elias_gamma", "elias_delta", "elias_omega", "huffman", "elias_runs")
-MAX_WORD = 15  # a Huffman word and its sign fit 16 bits
+MAX_WORD = 15  # bits of a Huffman word
+FEW, FEW_WORD = 16, 8  # up to so many symbols, an encoder's Huffman words fit a byte
 _RICE_BITS = 4  # of Rice's parameter, before a bucket's runs
 _MOST_RUN_BITS = 24  # that a bucket's runs take, beside two for each of its symbols
 
@@ -32,128 +32,163 @@ class CodeError(ValueError):
 
 @dataclass(frozen=True)
 class Codebook:
-    """Code words, as strings of '0' and '1', of the magnitudes 0..s; a sign bit follows for each non-zero.
+    """Code words, as strings of '0' and '1', of the symbols -s..s.
 
-    ``width`` is set for the fixed code only, whose words are symbol + s in that many bits, signs included. ``runs``
-    says how runs of zeros are coded, by "rice" or "omega"; zero then has no word, and the one given is not used.
+    ``width`` is set for the fixed code only, whose words are symbol + s in that many bits. ``runs`` says how runs of
+    zeros are coded, by "rice" or "omega"; zero then has no word. ``ones`` says that among the non-zeros runs of ones
+    are coded, too; then -1 and 1 have a sign of one bit where others have a word.
     """
 
     words: tuple[str, ...]
     width: int = 0
     runs: str = ""
+    ones: bool = False
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.words) // 2
+
+    @property
+    def stages(self) -> int:
+        """How many magnitudes, from 0 on, are coded by runs."""
+        return bool(self.runs) + self.ones
+
+    @property
+    def depth(self) -> int:
+        """Bits of the longest word."""
+        return max(map(len, self.words))
 
     def most_bytes(self, numel: int) -> int:
         """The most bytes that a bucket of ``numel`` symbols takes."""
-        longest = max(map(len, self.words)) + 1
-        bits = self.width * numel or longest * numel + (2 * numel + _MOST_RUN_BITS if self.runs else 0)
+        bits = self.width * numel or (self.depth + 2 * self.stages) * numel + _MOST_RUN_BITS * self.stages
         return (bits + 7) // 8
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Bits of each magnitude's code word, without the sign; zeros for the fixed code."""
+        """Bits of each symbol's code word; zeros for the fixed code."""
         return tuple(len(word) for word in self.words)
 
-    def run_bits(self, zero_share: float, bucket_size: int) -> float:
-        """Expected bits that runs take for each symbol, if zeros fall at random with this share; an upper estimate.
+    def expected_bits(self, probabilities: Sequence[float], bucket_size: int) -> float:
+        """Expected bits for each symbol, if magnitudes 0..s fall at random with these probabilities; an upper estimate.
 
-        A run of Rice takes k + 1 + q / (1 - q) bits, q = zero_share**(2**k), one of omega the mean over its lengths.
-        There is one run more than non-zeros, and Rice's parameter, in each bucket.
+        sum_m p_m (|word(m)| + |word(-m)|) / 2, and the runs' of each stage.
         """
-        share = 1.0 - zero_share
-        runs = share * bucket_size + 1.0
-        if self.runs == "omega":
-            lengths = range(bucket_size + 1)
-            mean = sum(share * zero_share**n * len(elias_omega(n + 1)) for n in lengths)
-            return runs * (mean + zero_share ** len(lengths) * len(elias_omega(len(lengths) + 1))) / bucket_size
-        k = rice_parameter(round(zero_share * bucket_size), round(share * bucket_size) + 1)
-        q = zero_share ** (2**k)
-        quotient = q / (1.0 - q) if q < 1.0 else 0.0
-        return (_RICE_BITS + runs * (k + 1.0 + min(quotient, bucket_size / 2**k / runs + 1.0))) / bucket_size
-
-    @cached_property
-    def leaves(self) -> dict[str, int]:
-        """The magnitude of each word."""
-        return {word: index for index, word in enumerate(self.words) if index or not self.runs}
-
-    @cached_property
-    def nodes(self) -> tuple[str, ...]:
-        """The inner nodes of the tree, as prefixes, breadth first."""
-        prefixes = {word[:depth] for word in self.leaves for depth in range(len(word))}
-        return tuple(sorted(prefixes, key=lambda prefix: (len(prefix), prefix)))
+        s = self.num_levels
+        words = (self.lengths[s + m] + self.lengths[s - m] for m in range(s + 1))
+        bits = self.width or sum(p * both / 2 for p, both in zip(probabilities, words, strict=True))
+        for stage in range(self.stages):
+            share = sum(probabilities[stage:])
+            if share:
+                bits += share * _run_bits(self.runs, probabilities[stage] / share, share * bucket_size)
+        return bits
 
     def encode(self, symbols: Tensor, buckets: Buckets) -> tuple[Tensor, Tensor]:
         """Bytes uint8[m] of all buckets, each starting a new byte, and their lengths in bytes, int64[B]."""
-        planes = self._fixed_planes(symbols, buckets) if self.width else self._tree_planes(symbols, buckets)
+        planes = self._fixed_planes(symbols, buckets) if self.width else self._word_planes(symbols, buckets)
         return _write(planes, len(buckets.lengths))
 
     def decode(self, packed: Tensor, byte_lengths: Tensor, buckets: Buckets) -> Tensor:
         """Symbols int8[n]. Raises CodeError unless the bytes are what ``encode`` writes for some symbols."""
         reader = _Reader(packed, byte_lengths)
-        symbols = self._read_fixed(reader, buckets) if self.width else self._read_tree(reader, buckets)
+        symbols = self._read_fixed(reader, buckets) if self.width else self._read_words(reader, buckets)
         reader.finish()
         return symbols
 
-    def _tree_planes(self, symbols: Tensor, buckets: Buckets) -> list[tuple[Tensor, Tensor]]:
-        """(bucket of each bit, bits): runs, if zeros have no words, then each node, then the signs."""
-        magnitude, nonzero = symbols.abs().long(), symbols.nonzero().view(-1)
-        planes = [_run_plane(self.runs, symbols, buckets)] if self.runs else []
-        passing = {"": nonzero if self.runs else torch.arange(len(symbols))}
-        for node in self.nodes:
-            elements = passing.pop(node)
-            right = self._goes_right(node)[magnitude[elements]]
-            planes.append((buckets.bucket_of[elements], right))
-            passing[node + "0"], passing[node + "1"] = elements[~right], elements[right]
-        return [*planes, (buckets.bucket_of[nonzero], symbols[nonzero] < 0)]
+    def _word_planes(self, symbols: Tensor, buckets: Buckets) -> list[tuple[Tensor, Tensor]]:
+        """(bucket of each bit, bits): runs and signs of ones, if there are any, then the words depth by depth."""
+        planes, elements = [], torch.arange(len(symbols))
+        for stage in range(self.stages):
+            ends = symbols[elements].abs() > stage
+            planes.append(_run_plane(self.runs, ends, _counts(elements, buckets)))
+            inside, elements = elements[~ends], elements[ends]
+            if stage:
+                planes.append((buckets.bucket_of[inside], symbols[inside] < 0))
+        for depth in range(self.depth):
+            elements = elements[torch.tensor(self.lengths)[symbols[elements].long() + self.num_levels] > depth]
+            bits = torch.tensor([word[depth : depth + 1] == "1" for word in self.words])
+            planes.append((buckets.bucket_of[elements], bits[symbols[elements].long() + self.num_levels]))
+        return planes
 
-    def _goes_right(self, node: str) -> Tensor:
-        """bool[s + 1]: whether a magnitude's word continues ``node`` with a one."""
-        return torch.tensor([word.startswith(node + "1") for word in self.words])
+    @cached_property
+    def _leaves(self) -> dict[str, int]:
+        """The symbol of each word."""
+        s = self.num_levels
+        return {word: i - s for i, word in enumerate(self.words) if abs(i - s) >= self.stages}
 
-    def _read_tree(self, reader: _Reader, buckets: Buckets) -> Tensor:
-        elements = torch.arange(len(buckets.bucket_of))
-        if self.runs:
-            elements = _read_runs(self.runs, reader, buckets)
-        symbols = torch.zeros(len(buckets.bucket_of), dtype=torch.int8)
-        symbols[elements] = self.leaves.get("", 0)
+    def _read_words(self, reader: _Reader, buckets: Buckets) -> Tensor:
+        symbols, elements = torch.zeros(len(buckets.bucket_of), dtype=torch.int8), torch.arange(len(buckets.bucket_of))
+        for stage in range(self.stages):
+            ends = _read_runs(self.runs, reader, _counts(elements, buckets))
+            inside, elements = elements[~ends], elements[ends]
+            if stage:
+                symbols[inside] = 1 - 2 * reader.read(buckets.bucket_of[inside]).to(torch.int8)
         passing = {"": elements}
-        for node in self.nodes:
-            elements = passing.pop(node)
-            right = reader.read(buckets.bucket_of[elements]).bool()
-            for child, part in ((node + "0", elements[~right]), (node + "1", elements[right])):
-                if child in self.leaves:
-                    symbols[part] = self.leaves[child]
-                elif child in self.nodes:
-                    passing[child] = part
-                elif len(part):
-                    raise CodeError("a code word that does not exist")
-        nonzero = symbols.nonzero().view(-1)
-        negative = reader.read(buckets.bucket_of[nonzero]).bool()
-        symbols[nonzero[negative]] *= -1
+        for _ in range(self.depth):
+            passing = self._read_depth(reader, buckets, passing, symbols)
         return symbols
+
+    def _read_depth(self, reader: _Reader, buckets: Buckets, passing: dict[str, Tensor], symbols: Tensor) -> dict:
+        """The next bit of the elements that pass each prefix; sets the symbols of those whose words end there."""
+        elements = torch.cat(list(passing.values())).sort().values
+        bits = torch.zeros(len(symbols), dtype=torch.bool)
+        bits[elements] = reader.read(buckets.bucket_of[elements]).bool()
+        longer = {}
+        for prefix, part in passing.items():
+            for word, found in ((prefix + "0", part[~bits[part]]), (prefix + "1", part[bits[part]])):
+                if word in self._leaves:
+                    symbols[found] = self._leaves[word]
+                elif any(leaf.startswith(word) for leaf in self._leaves):
+                    longer[word] = found
+                elif len(found):
+                    raise CodeError("a code word that does not exist")
+        return longer
 
     def _fixed_planes(self, symbols: Tensor, buckets: Buckets) -> list[tuple[Tensor, Tensor]]:
         """One plane, in which each element has all its bits in turn, lowest first."""
-        codes = symbols.long() + len(self.words) - 1
+        codes = symbols.long() + self.num_levels
         bits = ((codes[:, None] >> torch.arange(self.width)) & 1).bool().view(-1)
         return [(buckets.bucket_of.repeat_interleave(self.width), bits)]
 
     def _read_fixed(self, reader: _Reader, buckets: Buckets) -> Tensor:
         bits = reader.read(buckets.bucket_of.repeat_interleave(self.width)).view(-1, self.width).long()
-        symbols = (bits << torch.arange(self.width)).sum(dim=1) - (len(self.words) - 1)
-        if len(symbols) and int(symbols.max()) >= len(self.words):
+        symbols = (bits << torch.arange(self.width)).sum(dim=1) - self.num_levels
+        if len(symbols) and int(symbols.max()) > self.num_levels:
             raise CodeError("a symbol above the highest level")
         return symbols.to(torch.int8)
 
 
-def rice_parameter(zeros: int, runs: int) -> int:
-    """The smallest k for which 2**(k + 1) runs are no fewer than the zeros in them.
+def _counts(elements: Tensor, buckets: Buckets) -> list[int]:
+    """How many of ``elements`` each bucket has."""
+    return torch.bincount(buckets.bucket_of[elements], minlength=len(buckets.lengths)).tolist()
+
+
+def rice_parameter(inside: int, runs: int) -> int:
+    """The smallest k for which 2**(k + 1) runs are no fewer than the elements inside them.
 
     The best one for runs of random lengths solves 2**k ln(golden ratio)**-1 = mean length: this is it within 4 %.
     """
     k = 0
-    while runs << (k + 1) < zeros:
+    while runs << (k + 1) < inside:
         k += 1
     return k
+
+
+def _run_bits(kind: str, inside: float, numel: float) -> float:
+    """Expected bits of the runs for each of ``numel`` elements, each of which is in a run with that chance.
+
+    A run of Rice takes k + 1 + q / (1 - q) bits, q = inside**(2**k), the last one inside / (1 - q), and Rice's
+    parameter its own; a run of omega takes the mean over its lengths, the last one like the others.
+    """
+    share = 1.0 - inside
+    if kind == "omega":
+        lengths = range(round(numel) + 1)
+        mean = sum(share * inside**n * len(elias_omega(n + 1)) for n in lengths)
+        return (share + 1.0 / numel) * (mean + inside ** len(lengths) * len(elias_omega(len(lengths) + 1)))
+    k = rice_parameter(round(inside * numel), round(share * numel) + 1)
+    q, most = inside ** (2**k), numel / 2**k + 1.0
+    last = min(inside / (1.0 - q), most) if q < 1.0 else most
+    quotient = q / (1.0 - q) if q < 1.0 else 0.0
+    return share * (k + 1.0 + quotient) + (last + _RICE_BITS) / numel
 
 
 def _rice(run: int, k: int) -> str:
@@ -161,46 +196,62 @@ def _rice(run: int, k: int) -> str:
     return "0" * (run >> k) + "1" + "".join(str(run >> bit & 1) for bit in range(k))
 
 
-def _run_plane(kind: str, symbols: Tensor, buckets: Buckets) -> tuple[Tensor, Tensor]:
-    """The runs of zeros before each non-zero of a bucket, and before its end unless a non-zero ends it."""
+def _last_rice(run: int, k: int) -> str:
+    """The run up to a bucket's end: ceil(run / 2**k) zeros, with which no shorter run begins."""
+    return "0" * -(-run >> k)
+
+
+def _run_plane(kind: str, ends: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """The runs before each element that ends one, and before a bucket's end unless such an element is its last."""
     owners, bits = [], []
-    for bucket, part in enumerate(symbols.split(buckets.lengths.tolist())):
+    for bucket, part in enumerate(ends.split(counts)):
         places = part.nonzero().view(-1).tolist()
         runs = [place - before - 1 for before, place in zip([-1, *places], places, strict=False)]
-        rest = len(part) - 1 - (places[-1] if places else -1)
-        runs += [rest] * (rest > 0)
-        k = rice_parameter(len(part) - len(places), len(places) + 1)
-        words = [elias_omega(run + 1) if kind == "omega" else _rice(run, k) for run in runs]
-        text = "".join(words) if kind == "omega" else f"{k:0{_RICE_BITS}b}"[::-1] + "".join(words)
+        left = len(part) - 1 - (places[-1] if places else -1)
+        text = _omega_runs(runs, left) if kind == "omega" else _rice_runs(runs, left, len(part) - len(places))
+        text = text if len(part) else ""
         owners += [bucket] * len(text)
         bits += map(int, text)
     return torch.tensor(owners, dtype=torch.int64), torch.tensor(bits, dtype=torch.bool)
 
 
-def _read_runs(kind: str, reader: _Reader, buckets: Buckets) -> Tensor:
-    """int64[m]: which elements are not zero."""
-    found, first = [], 0
-    for bucket, length in enumerate(buckets.lengths.tolist()):
-        k = sum(reader.bit(bucket) << bit for bit in range(_RICE_BITS)) if kind == "rice" else 0
-        place, before = 0, len(found)
-        while place < length:
-            place += _read_omega(reader, bucket) - 1 if kind == "omega" else _read_rice(reader, bucket, k)
-            if place > length:
+def _omega_runs(runs: list[int], left: int) -> str:
+    return "".join(elias_omega(run + 1) for run in [*runs, *[left] * (left > 0)])
+
+
+def _rice_runs(runs: list[int], left: int, inside: int) -> str:
+    k = rice_parameter(inside, len(runs) + 1)
+    return f"{k:0{_RICE_BITS}b}"[::-1] + "".join(_rice(run, k) for run in runs) + _last_rice(left, k)
+
+
+def _read_runs(kind: str, reader: _Reader, counts: list[int]) -> Tensor:
+    """bool[sum of counts]: which elements end a run, of so many in each bucket."""
+    parts = [torch.zeros(count, dtype=torch.bool) for count in counts]
+    for bucket, ends in enumerate(parts):
+        k = sum(reader.bit(bucket) << bit for bit in range(_RICE_BITS)) if kind == "rice" and len(ends) else 0
+        place = 0
+        while place < len(ends):
+            left = len(ends) - place
+            run = _read_omega(reader, bucket) - 1 if kind == "omega" else _read_rice(reader, bucket, k, left)
+            if run > left:
                 raise CodeError("a bucket whose code words pass its end")
-            found += [first + place] * (place < length)
-            place += 1
-        nonzero = len(found) - before
-        if kind == "rice" and k != rice_parameter(length - nonzero, nonzero + 1):
+            ends[place + run : place + run + 1] = True
+            place += run + 1
+        found = int(ends.sum())
+        if kind == "rice" and k != rice_parameter(len(ends) - found, found + 1):
             raise CodeError("a Rice parameter that no encoder writes")
-        first += length
-    return torch.tensor(found, dtype=torch.int64)
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
 
 
-def _read_rice(reader: _Reader, bucket: int, k: int) -> int:
+def _read_rice(reader: _Reader, bucket: int, k: int, left: int) -> int:
+    """A run; ``left`` is the one up to the bucket's end, and no other may be as long."""
     quotient = 0
-    while not reader.bit(bucket):
+    while quotient << k < left:
+        if reader.bit(bucket):
+            run = (quotient << k) + sum(reader.bit(bucket) << bit for bit in range(k))
+            return run if run < left else left + 1
         quotient += 1
-    return (quotient << k) + sum(reader.bit(bucket) << bit for bit in range(k))
+    return left
 
 
 def _read_omega(reader: _Reader, bucket: int) -> int:
@@ -269,38 +320,57 @@ def _counted(count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def codebook(coder: str, num_levels: int, counts: Sequence[int] | None = None) -> Codebook:
-    """The codebook of ``coder`` for the magnitudes 0..num_levels.
+    """The codebook of ``coder`` for the symbols -num_levels..num_levels.
 
     Args:
-        coder: one of ``CODERS``. Elias codes give magnitude m the word of m + 1.
-        counts: num_levels + 1 non-negative integers, how often each magnitude occurs; for Huffman only.
+        coder: one of ``CODERS``. Elias codes give the symbol m the word of |m| + 1, then its sign.
+        counts: num_levels + 1 non-negative integers, how often each magnitude occurs; for Huffman only. Both signs of
+            a magnitude count half.
     """
     check_choice("coder", coder, CODERS)
-    magnitudes = range(num_levels + 1)
     if coder == "fixed":
-        return Codebook(("",) * (num_levels + 1), width=fixed_width(num_levels))
+        return Codebook(("",) * (2 * num_levels + 1), width=fixed_width(num_levels))
     if coder == "huffman":
-        return _zeros_as_runs(counts) if 5 * counts[0] > 4 * sum(counts) else huffman(huffman_lengths(counts))
-    if coder == "elias_runs":
-        return Codebook(("", *(elias_omega(magnitude) for magnitude in magnitudes[1:])), runs="omega")
-    elias = {"elias_gamma": elias_gamma, "elias_delta": elias_delta, "elias_omega": elias_omega}[coder]
-    return Codebook(tuple(elias(magnitude + 1) for magnitude in magnitudes))
+        return huffman(_signed_lengths(counts))
+    runs = coder == "elias_runs"
+    elias = {"elias_gamma": elias_gamma, "elias_delta": elias_delta}.get(coder, elias_omega)
+    words = [elias(magnitude + 1 - runs) for magnitude in range(runs, num_levels + 1)]
+    zero, others = ("", words) if runs else (words[0], words[1:])
+    negative, positive = ([word + sign for word in others] for sign in "10")
+    return Codebook((*reversed(negative), zero, *positive), runs="omega" if runs else "")
 
 
-def _zeros_as_runs(counts: Sequence[int]) -> Codebook:
-    """Where more than four in five are zeros, a word of one bit for each would be a fifth more than their runs take."""
-    return huffman((0, *huffman_lengths(counts[1:])))
+def _signed_lengths(counts: Sequence[int]) -> tuple[int, ...]:
+    """Code lengths of -s..s: 0 for zeros and 1 for both ones if their runs are coded, else Huffman's."""
+    if not _dominates(counts):
+        return huffman_lengths([*counts[:0:-1], 2 * counts[0], *counts[1:]])
+    ones = len(counts) > 2 and _dominates(counts[1:])
+    others = counts[2:] if ones else counts[1:]
+    lengths = huffman_lengths([*reversed(others), *others])
+    inside = (1, 0, 1) if ones else (0,)
+    return (*lengths[: len(others)], *inside, *lengths[len(others) :])
+
+
+def _dominates(counts: Sequence[int]) -> bool:
+    """Whether the first is more than four in five: a word of one bit each would be a fifth more than runs take."""
+    return 5 * counts[0] > 4 * sum(counts)
 
 
 def huffman(lengths: Sequence[int]) -> Codebook:
-    """The canonical code of these lengths; 0 for the first says that zeros are coded as runs.
+    """The canonical code of the lengths of -s..s; a zero for 0 says that zeros are coded as runs, ones for -1 and 1
+    where there are further symbols say that ones are, too.
 
     Raises:
         CodeError: if the lengths break Kraft's inequality.
     """
-    if lengths[0]:
+    s = len(lengths) // 2
+    if lengths[s]:
         return Codebook(canonical_words(lengths))
-    return Codebook(("", *canonical_words(lengths[1:])), runs="rice")
+    ones = s > 1 and lengths[s - 1] == lengths[s + 1] == 1
+    least = 2 if ones else 1
+    words = canonical_words([*lengths[: s + 1 - least], *lengths[s + least :]])
+    inside = ("1", "", "0") if ones else ("",)
+    return Codebook((*words[: s + 1 - least], *inside, *words[s + 1 - least :]), runs="rice", ones=ones)
 
 
 def fixed_width(num_levels: int) -> int:
@@ -330,29 +400,24 @@ def elias_omega(n: int) -> str:
 
 
 def huffman_lengths(counts: Sequence[int]) -> tuple[int, ...]:
-    """Code lengths of an optimal prefix code for integer counts, none above ``MAX_WORD``; ties go by index.
+    """Code lengths of an optimal prefix code for integer counts, among those with no word above ``MAX_WORD`` bits, or
+    ``FEW_WORD`` for at most ``FEW`` symbols; ties go by index.
 
-    A count of zero is taken as one, so that every symbol has a word. While a word would be too long, counts are
-    halved, which flattens the code. One symbol alone has the empty word.
+    A count of zero is taken as one, so that every symbol has a word. One symbol alone has the empty word. Packages:
+    the lightest symbols are paired, the pairs merged with the symbols and paired again, as often as a word may have
+    bits; a symbol's length is the number of the first 2 n - 2 packages of the last merge that hold it.
+    Source: Larmore and Hirschberg, "A fast algorithm for optimal length-limited Huffman codes", 1990.
     """
-    counts = [max(int(count), 1) for count in counts]
-    while max(lengths := _tree_depths(counts)) > MAX_WORD:
-        counts = [count // 2 + 1 for count in counts]
-    return tuple(lengths)
-
-
-def _tree_depths(counts: Sequence[int]) -> list[int]:
-    """Merges the two lightest trees until one is left; each merge puts its symbols one bit deeper."""
-    depths = [0] * len(counts)
-    trees = [(count, index, (index,)) for index, count in enumerate(counts)]
-    heapq.heapify(trees)
-    for order in range(len(counts), 2 * len(counts) - 1):
-        light, heavy = heapq.heappop(trees), heapq.heappop(trees)
-        members = light[2] + heavy[2]
+    singles = sorted((max(int(count), 1), (index,)) for index, count in enumerate(counts))
+    packages = singles
+    for _ in range((FEW_WORD if len(counts) <= FEW else MAX_WORD) - 1):
+        pairs = [(a + b, c + d) for (a, c), (b, d) in zip(packages[::2], packages[1::2], strict=False)]
+        packages = sorted(singles + pairs, key=lambda package: package[0])
+    lengths = [0] * len(counts)
+    for _, members in packages[: 2 * len(counts) - 2]:
         for index in members:
-            depths[index] += 1
-        heapq.heappush(trees, (light[0] + heavy[0], order, members))
-    return depths
+            lengths[index] += 1
+    return tuple(lengths)
 
 
 def canonical_words(lengths: Sequence[int]) -> tuple[str, ...]:

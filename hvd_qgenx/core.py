@@ -42,7 +42,7 @@ class _Book(Structure):
         ("num_levels", c_uint32),
         ("hash", c_uint64),
         ("levels", c_float * (_MAX_LEVELS + 1)),
-        ("lengths", c_uint8 * (_MAX_LEVELS + 1)),
+        ("lengths", c_uint8 * (2 * _MAX_LEVELS + 1)),
     ]
 
 
@@ -109,9 +109,9 @@ def compiled() -> bool:
 
 
 def book(coder: int, levels: Sequence[float], lengths: Sequence[int], identity: int) -> _Book:
-    """Levels l_0 ... l_s, the bits of each index's code word (none for the fixed code), and their hash."""
+    """Levels l_0 ... l_s, the bits of the code words of -s ... s (none for the fixed code), and their hash."""
     count = len(levels)
-    floats, bytes_ = (c_float * (_MAX_LEVELS + 1))(*levels), (c_uint8 * (_MAX_LEVELS + 1))(*lengths)
+    floats, bytes_ = (c_float * (_MAX_LEVELS + 1))(*levels), (c_uint8 * (2 * _MAX_LEVELS + 1))(*lengths)
     return _Book(coder, count - 1, identity, floats, bytes_)
 
 

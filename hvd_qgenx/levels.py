@@ -113,6 +113,17 @@ class Levels:
         """Whether l_j = j / s for all j."""
         return all(value == float(np.float32(j / self.num_levels)) for j, value in enumerate(self.values))
 
+    def short(self) -> Levels:
+        """Up to seven levels, rounded to 8 significant bits, those of bfloat16, if that keeps them apart; else itself.
+
+        A float32 with more bits reaches such a level if and only if its upper half does: the core then compares 16
+        coordinates at once. Each level moves by at most 2**-8 of itself.
+        """
+        bits = np.array(self.values, np.float32).view(np.uint32)
+        upper = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16  # to nearest, halves to even
+        apart = self.num_levels <= 7 and bool(np.all(upper[1:] > upper[:-1]))
+        return Levels(tuple((upper << 16).view(np.float32).tolist())) if apart else self
+
     def variance_bound(self, numel: int, norm: str = "l2") -> float:
         """eps_Q of Theorem 1: E||Q(v) - v||^2 <= eps_Q ||v||^2 for a bucket of ``numel`` coordinates.
 

@@ -19,8 +19,8 @@ from hvd_qgenx.quantize import Buckets, Key, Quantized
 from hvd_qgenx.reference import bucket_lengths, crc32c
 
 MAGIC = b"QGNX"
-VERSION = 2
-MAX_BUCKET_SIZE = 16384  # 16 bits a symbol at most, so that a bucket's length in bytes fits 16 bits
+VERSION = 3
+MAX_BUCKET_SIZE = 16384  # at most 20 bits a symbol, so that a bucket's length in bytes fits 16 bits
 ROUNDINGS = ("stochastic",)
 _FIXED = struct.Struct("<4sHBBBBHQQIIIQQIIQ")
 _CHECKSUM = struct.Struct("<I")
@@ -72,8 +72,8 @@ def bound(sizes: tuple[int, ...], min_numel: int, bucket_size: int, words: Codeb
 
 
 def inline_bytes(levels: Levels) -> int:
-    """Bytes of a codebook that travels with a payload: s float32 levels, s + 1 code lengths."""
-    return 5 * levels.num_levels + 1
+    """Bytes of a codebook that travels with a payload: s float32 levels, 2 s + 1 code lengths."""
+    return 6 * levels.num_levels + 1
 
 
 def pack(header: Header, words: Codebook, raw: Tensor, quantized: Quantized, buckets: Buckets) -> Tensor:
@@ -148,7 +148,7 @@ def read_sizes(payload: Tensor) -> tuple[int, ...]:
     """The coordinates of each segment of a payload that has been checked."""
     data = memoryview(payload.numpy())
     fields = _fields(data)
-    inline = 5 * fields["num_levels"] + 1 if fields["flags"] & _INLINE else 0
+    inline = 6 * fields["num_levels"] + 1 if fields["flags"] & _INLINE else 0
     return tuple(np.frombuffer(data, "<u8", fields["num_segments"], _FIXED.size + inline).tolist())
 
 
@@ -190,7 +190,7 @@ def _parse_inline(cursor: _Cursor, fields: dict) -> tuple[Levels, Codebook]:
     count = fields["num_levels"]
     values = cursor.take("levels", "<f4", count)
     coder = CODERS[fields["coder"]]
-    lengths = cursor.take("code lengths", "u1", count + 1)
+    lengths = cursor.take("code lengths", "u1", 2 * count + 1)
     try:
         levels = Levels((0.0, *values.tolist()))
         if coder == "huffman":
@@ -207,10 +207,9 @@ def _parse_inline(cursor: _Cursor, fields: dict) -> tuple[Levels, Codebook]:
 
 
 def _check_word_lengths(lengths: list[int]) -> list[int]:
-    """Those of a Huffman code: zero stands for runs, in the first place, and for a word that is alone."""
-    first = 0 if lengths[0] else 1
-    alone = len(lengths) - first == 1
-    fit = all(length <= MAX_WORD and (length or alone) for length in lengths[first:])
+    """Those of a Huffman code: a zero in the middle stands for runs."""
+    middle = len(lengths) // 2
+    fit = all(1 <= length <= MAX_WORD or (place == middle and not length) for place, length in enumerate(lengths))
     _expect(fit, f"code lengths are not between 1 and {MAX_WORD}")
     return lengths
 

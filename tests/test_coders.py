@@ -1,4 +1,4 @@
-"""Code words, codebooks and the bit-plane layout."""
+"""Code words, codebooks, runs, and words laid out depth by depth."""
 
 import math
 
@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from hvd_qgenx.coders import (
     CODERS,
+    FEW,
+    FEW_WORD,
     MAX_WORD,
     CodeError,
     canonical_words,
@@ -16,6 +18,7 @@ from hvd_qgenx.coders import (
     elias_delta,
     elias_gamma,
     elias_omega,
+    huffman,
     huffman_lengths,
     rice_parameter,
 )
@@ -65,6 +68,7 @@ def test_huffman_lengths_and_canonical_words_are_exact():
 def test_huffman_ties_go_by_index():
     assert huffman_lengths([1, 1, 1]) == (2, 2, 1)
     assert huffman_lengths([5, 5]) == (1, 1)
+    assert huffman_lengths([1, 1, 1, 1, 1, 1]) == (3, 3, 3, 3, 2, 2)
 
 
 def test_one_symbol_has_the_empty_word():
@@ -76,11 +80,32 @@ def test_symbols_never_seen_have_a_word():
     assert all(length > 0 for length in huffman_lengths([1000, 0, 0, 0]))
 
 
-def test_huffman_words_are_never_longer_than_the_limit():
+@pytest.mark.parametrize(("size", "limit"), [(60, MAX_WORD), (FEW + 1, MAX_WORD), (FEW, FEW_WORD), (10, FEW_WORD)])
+def test_huffman_words_are_never_longer_than_the_limit(size, limit):
     fibonacci = [1, 1]
-    while len(fibonacci) < 60:
+    while len(fibonacci) < size:
         fibonacci.append(fibonacci[-1] + fibonacci[-2])
-    assert max(huffman_lengths(fibonacci)) == MAX_WORD
+    assert max(huffman_lengths(fibonacci)) == limit
+
+
+def _shortest(counts, limit):
+    """The fewest bits of any code with words of at most ``limit`` bits, by trying all lengths that fill Kraft's sum."""
+
+    def rest(counts, room, least):  # rarer symbols never have shorter words
+        if not counts:
+            return 0 if room == 0 else math.inf
+        tried = (length for length in range(least, limit + 1) if 2 ** (limit - length) <= room)
+        bits = (counts[0] * length + rest(counts[1:], room - 2 ** (limit - length), length) for length in tried)
+        return min(bits, default=math.inf)
+
+    return rest(sorted(counts, reverse=True), 2**limit, 1)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 2**12), min_size=2, max_size=9))
+def test_huffman_is_the_best_code_within_the_limit(counts):
+    bits = sum(count * length for count, length in zip(counts, huffman_lengths(counts), strict=True))
+    assert bits == _shortest(counts, FEW_WORD)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -93,7 +118,7 @@ def test_huffman_is_complete_and_within_one_bit_of_the_entropy(counts):
     mean = sum(count * length for count, length in zip(counts, lengths, strict=True)) / total
     entropy = -sum(count / total * math.log2(count / total) for count in counts)
     assert entropy - 1e-9 <= mean
-    if max(lengths) < MAX_WORD:  # no word had to be shortened
+    if max(lengths) < (FEW_WORD if len(counts) <= FEW else MAX_WORD):  # no word had to be shortened
         assert mean < entropy + 1
 
 
@@ -106,8 +131,19 @@ def test_lengths_that_break_kraft_are_refused(lengths):
 @pytest.mark.parametrize("coder", [coder for coder in CODERS if coder != "fixed"])
 @pytest.mark.parametrize("num_levels", [1, 3, 7, 127])
 def test_no_code_word_is_the_beginning_of_another(coder, num_levels):
-    words = codebook(coder, num_levels, [1] * (num_levels + 1)).leaves
-    assert not any(a != b and b.startswith(a) for a in words for b in words)
+    words = [word for word in codebook(coder, num_levels, [1] * (num_levels + 1)).words if word]
+    assert len(words) == 2 * num_levels + (coder != "elias_runs")
+    assert not any(b.startswith(a) for i, a in enumerate(words) for j, b in enumerate(words) if i != j)
+
+
+def test_words_end_with_the_sign():
+    assert codebook("elias_gamma", 2).words == ("0111", "0101", "1", "0100", "0110")
+    assert codebook("elias_runs", 2).words == ("1001", "01", "", "00", "1000")
+
+
+def test_both_signs_of_a_magnitude_count_half_in_huffmans_code():
+    assert codebook("huffman", 1, [2, 2]).lengths == (2, 1, 2)
+    assert codebook("huffman", 2, [1, 2, 4]).lengths == (2, 3, 3, 2, 2)
 
 
 def _symbols(buckets, num_levels, seed=0):
@@ -125,7 +161,7 @@ def test_symbols_survive_and_take_the_bits_of_their_words(coder, num_levels, siz
     packed, byte_lengths = book.encode(symbols, buckets)
     assert torch.equal(book.decode(packed, byte_lengths, buckets), symbols)
     for index, bucket in enumerate(symbols.split(buckets.lengths.tolist())):
-        bits = sum(book.width or len(book.words[abs(m)]) + (m != 0) for m in bucket.tolist())
+        bits = sum(book.width or len(book.words[num_levels + m]) for m in bucket.tolist())
         if book.runs:
             bits += sum(len(elias_omega(run + 1)) for run in _runs(bucket.tolist()))
         assert byte_lengths[index] == (bits + 7) // 8
@@ -140,18 +176,37 @@ def _runs(symbols):
 
 def test_runs_of_zeros_are_coded_as_golomb_and_rice_have_it():
     book = codebook("huffman", 1, [9, 1])
-    assert book.runs == "rice" and book.lengths == (0, 0)
+    assert book.runs == "rice" and not book.ones and book.lengths == (1, 0, 1)
     symbols = torch.tensor([0] * 5 + [1, -1] + [0] * 9, dtype=torch.int8)
     packed, _ = book.encode(symbols, Buckets.cut([16], 16))
-    # 14 zeros in 3 runs of 5, 0 and 9: 3 << 3 >= 14, k = 2; 5 = "01" + low bits "10", 0 = "1" + "00", 9 = "001" + "10".
-    assert packed.tolist() == _packed("0100" + "0110" + "100" + "00110" + "01")
+    # 14 zeros in 3 runs of 5, 0 and 9: 3 << 3 >= 14, k = 2; 5 = "01" + low bits "10", 0 = "1" + "00"; the last run is
+    # ceil(9 / 4) zeros; then the words of -1 and 1, "0" and "1".
+    assert packed.tolist() == _packed("0100" + "0110" + "100" + "000" + "10")
 
 
-def test_elias_runs_are_the_omega_words_of_the_gaps_then_levels_then_signs():
+@pytest.mark.parametrize("zeros", [1, 2, 3, 4, 5, 8, 64, 65, 300])
+def test_a_bucket_without_anything_but_zeros_is_a_parameter_and_at_most_two_zeros(zeros):
+    book = codebook("huffman", 1, [9, 1])
+    packed, byte_lengths = book.encode(torch.zeros(zeros, dtype=torch.int8), Buckets.cut([zeros], 512))
+    assert packed.tolist() == [rice_parameter(zeros, 1)]
+    assert not book.decode(packed, byte_lengths, Buckets.cut([zeros], 512)).any()
+
+
+def test_runs_of_ones_among_the_non_zeros_are_coded_too():
+    book = codebook("huffman", 3, [90, 9, 0, 0])
+    assert book.runs == "rice" and book.ones and book.lengths == (2, 2, 1, 0, 1, 2, 2)
+    assert book.words == ("00", "01", "1", "", "0", "10", "11")
+    packed, _ = book.encode(torch.tensor([1, 0, -1, -3, 1, -1], dtype=torch.int8), Buckets.cut([6], 8))
+    # One zero in 6 runs: k = 0; runs 0, 1, 0, 0, 0. Of 5 non-zeros four are ones, in 2 runs of 2 and 2: 2 << 1 >= 4,
+    # k = 0, the last run is two zeros. Signs of 1, -1, 1, -1; the word of -3.
+    assert packed.tolist() == _packed("0000" + "1" + "01" + "111" + "0000" + "001" + "00" + "0101" + "00")
+
+
+def test_elias_runs_are_the_omega_words_of_the_gaps_then_levels_with_their_signs():
     book = codebook("elias_runs", 3)
     packed, _ = book.encode(torch.tensor([0, 0, -3, 1], dtype=torch.int8), Buckets.cut([4], 8))
-    # gaps 2 and 0: omega(3) = 110, omega(1) = 0; magnitudes 3 = 110 and 1 = 0, node by node 10, 1, 0; signs 10.
-    assert packed.tolist() == _packed("110" + "0" + "10" + "1" + "0" + "10")
+    # gaps 2 and 0: omega(3) = 110, omega(1) = 0; -3 = 110 1 and 1 = 0 0, depth by depth 10, 10, 0, 1.
+    assert packed.tolist() == _packed("110" + "0" + "10" + "10" + "0" + "1")
 
 
 def _packed(text):
@@ -164,17 +219,26 @@ def test_rices_parameter_is_the_rule_written_down(zeros, runs, k):
     assert rice_parameter(zeros, runs) == k
 
 
-def test_zeros_have_words_up_to_four_fifths_and_are_runs_beyond():
-    assert codebook("huffman", 2, [80, 10, 10]).runs == ""
-    assert codebook("huffman", 2, [81, 10, 9]).runs == "rice"
+def test_zeros_and_ones_have_words_up_to_four_fifths_and_are_runs_beyond():
+    assert codebook("huffman", 2, [80, 10, 10]).stages == 0
+    assert codebook("huffman", 2, [81, 10, 9]).stages == 1
+    assert codebook("huffman", 2, [900, 80, 20]).stages == 1
+    assert codebook("huffman", 2, [900, 81, 20]).stages == 2
+    assert codebook("huffman", 1, [900, 81]).stages == 1  # nothing is left behind the ones
 
 
-def test_planes_hold_the_bits_node_by_node():
-    # Words 0, 10, 11 for the magnitudes 0, 1, 2: root plane of all five, plane of node "1", then signs of non-zeros.
-    book = codebook("huffman", 2, [4, 1, 1])
-    assert book.words == ("0", "10", "11")
+@pytest.mark.parametrize("counts", [[80, 10, 10], [81, 10, 9], [900, 81, 20], [900, 81], [5, 4, 3, 2, 1]])
+def test_a_code_is_known_by_its_lengths(counts):
+    book = codebook("huffman", len(counts) - 1, counts)
+    assert huffman(book.lengths) == book
+
+
+def test_words_are_laid_out_depth_by_depth():
+    # docs/wire_format.md, example 1: first bits of all five, second bits of three, third bits of three.
+    book = codebook("huffman", 2, [4, 1, 2])
+    assert book.words == ("100", "101", "0", "110", "111")
     packed, _ = book.encode(torch.tensor([0, -2, 1, 0, 2], dtype=torch.int8), Buckets.cut([5], 8))
-    assert packed.tolist() == [0b10110110, 0b001]  # 0 1 1 0 1 | 1 0 1 | 1 0 0, first bit lowest
+    assert packed.tolist() == _packed("01101" + "011" + "001") == [0xD6, 0x04]
 
 
 def test_fixed_width_packs_symbol_plus_s_lowest_bit_first():

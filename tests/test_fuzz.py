@@ -49,6 +49,7 @@ def _codecs():
         yield Codec(Levels.exponential(4), coder, bucket_size=32, min_numel=8)
     yield Codec(Levels.uniform(2), "huffman", bucket_size=64, counts=(9, 1))
     yield Codec(Levels.uniform(4), "huffman", bucket_size=100, counts=(90, 1, 2, 1, 1, 1, 1, 1), norm="linf")
+    yield Codec(Levels.uniform(4), "huffman", bucket_size=100, counts=(900, 90, 2, 1, 1, 1, 1, 1))
     yield Codec(Levels.uniform(8), "huffman", bucket_size=16384)
 
 
@@ -153,7 +154,7 @@ def test_payloads_cut_differently_have_the_same_mean_on_every_backend():
 
 def _hostile(coder, lengths, levels, sections, numel, bucket_size=64, segments=1) -> bytes:
     """A payload with the right size and checksum, L2 norms and the given content."""
-    head = (b"QGNX", 2, 1, 0, CODERS.index(coder), len(levels), 0, 0, numel, segments, 0, bucket_size, 0, 0, 0, 0, 0)
+    head = (b"QGNX", 3, 1, 0, CODERS.index(coder), len(levels), 0, 0, numel, segments, 0, bucket_size, 0, 0, 0, 0, 0)
     inline = struct.pack(f"<{len(levels)}f", *levels) + bytes(lengths)
     return _signed(struct.pack("<4sHBBBBHQQIIIQQIIQ", *head) + inline + sections)
 
@@ -170,40 +171,40 @@ def _bits(text: str) -> bytes:
 
 HOSTILE = {
     "more coordinates than memory": (
-        "norms", _hostile("huffman", [1, 1], [1.0], struct.pack("<Q", 2**62) + bytes(90), 2**62)),
-    "numel beyond int64": ("norms", _hostile("huffman", [1, 1], [1.0], struct.pack("<Q", 2**63) + bytes(90), 2**63)),
+        "norms", _hostile("huffman", [2, 1, 2], [1.0], struct.pack("<Q", 2**62) + bytes(90), 2**62)),
+    "numel beyond int64": ("norms", _hostile("huffman", [2, 1, 2], [1.0], struct.pack("<Q", 2**63) + bytes(90), 2**63)),
     "sizes that wrap around": (
-        "sizes", _hostile("fixed", [0, 0], [1.0], struct.pack("<QQ", 2**63, 2**63 + 8), 8, segments=2)),
-    "more segments than bytes": ("sizes", _hostile("fixed", [0, 0], [1.0], bytes(8), 0, segments=2**32 - 1)),
-    "norms over the end": ("norms", _hostile("fixed", [0, 0], [1.0], struct.pack("<Qf", 129, 1.0), 129)),
-    "lengths over the end": ("lengths", _hostile("huffman", [1, 1], [1.0], struct.pack("<Qf", 9, 1.0), 9)),
+        "sizes", _hostile("fixed", [0] * 3, [1.0], struct.pack("<QQ", 2**63, 2**63 + 8), 8, segments=2)),
+    "more segments than bytes": ("sizes", _hostile("fixed", [0] * 3, [1.0], bytes(8), 0, segments=2**32 - 1)),
+    "norms over the end": ("norms", _hostile("fixed", [0] * 3, [1.0], struct.pack("<Qf", 129, 1.0), 129)),
+    "lengths over the end": ("lengths", _hostile("huffman", [2, 1, 2], [1.0], struct.pack("<Qf", 9, 1.0), 9)),
     "lengths that overlap the checksum": (
-        "lengths", _hostile("huffman", [1, 1], [1.0], struct.pack("<QfH", 9, 1.0, 9) + bytes(5), 9)),
+        "lengths", _hostile("huffman", [2, 1, 2], [1.0], struct.pack("<QfH", 9, 1.0, 9) + bytes(5), 9)),
     "a norm and lengths that are wrong": (
-        "norms", _hostile("huffman", [1, 1], [1.0], struct.pack("<QfH", 9, -1.0, 9) + bytes(5), 9)),
-    "words that break Kraft": ("code lengths", _hostile("huffman", [1, 1, 1], [0.5, 1.0], _bucket(b"\0", 4), 4)),
-    "words too long": ("code lengths", _hostile("huffman", [1, 16], [1.0], _bucket(b"\0", 4), 4)),
-    "words not the coder's": ("code lengths", _hostile("elias_gamma", [1, 2], [1.0], _bucket(b"\0", 4), 4)),
-    "levels that fall": ("levels", _hostile("fixed", [0, 0, 0], [1.0, 0.5], bytes(12), 4)),
-    "levels that are no numbers": ("levels", _hostile("fixed", [0, 0, 0], [float("nan"), 1.0], bytes(12), 4)),
-    "a word that nobody has": ("coded", _hostile("huffman", [2, 2], [1.0], _bucket(b"\xff", 4), 4)),
-    "bits behind the words": ("coded", _hostile("huffman", [1, 1], [1.0], _bucket(b"\x80", 4), 4)),
-    "bytes behind the words": ("coded", _hostile("huffman", [1, 1], [1.0], _bucket(bytes(2), 4), 4)),
-    "a bucket without its code": ("coded", _hostile("huffman", [1, 1], [1.0], _bucket(b"", 4), 4)),
-    "a symbol above the highest": ("coded", _hostile("fixed", [0, 0], [1.0], struct.pack("<Qf", 4, 1.0) + b"\xff", 4)),
+        "norms", _hostile("huffman", [2, 1, 2], [1.0], struct.pack("<QfH", 9, -1.0, 9) + bytes(5), 9)),
+    "words that break Kraft": ("code lengths", _hostile("huffman", [3, 1, 1, 1, 3], [0.5, 1.0], _bucket(b"\0", 4), 4)),
+    "words too long": ("code lengths", _hostile("huffman", [1, 2, 16], [1.0], _bucket(b"\0", 4), 4)),
+    "words not the coder's": ("code lengths", _hostile("elias_gamma", [4, 1, 5], [1.0], _bucket(b"\0", 4), 4)),
+    "levels that fall": ("levels", _hostile("fixed", [0] * 5, [1.0, 0.5], bytes(12), 4)),
+    "levels that are no numbers": ("levels", _hostile("fixed", [0] * 5, [float("nan"), 1.0], bytes(12), 4)),
+    "a word that nobody has": ("coded", _hostile("huffman", [2, 2, 2], [1.0], _bucket(b"\xff", 4), 4)),
+    "bits behind the words": ("coded", _hostile("huffman", [2, 1, 2], [1.0], _bucket(b"\x80", 4), 4)),
+    "bytes behind the words": ("coded", _hostile("huffman", [2, 1, 2], [1.0], _bucket(bytes(2), 4), 4)),
+    "a bucket without its code": ("coded", _hostile("huffman", [2, 1, 2], [1.0], _bucket(b"", 4), 4)),
+    "a symbol above the highest": ("coded", _hostile("fixed", [0] * 3, [1.0], struct.pack("<Qf", 4, 1.0) + b"\xff", 4)),
     "a run longer than its bucket": (
-        "coded", _hostile("huffman", [0, 0], [1.0], _bucket(_bits("0000 000001"), 4), 4)),
+        "coded", _hostile("huffman", [1, 0, 1], [1.0], _bucket(_bits("0000 000001"), 4), 4)),
     # Groups 10, 111, 11111111 and one of 256 bits, which shifts by more than 63 could take for a one, a run of none.
     "an omega word of 256 bits": (
         "coded",
-        _hostile("elias_runs", [0, 1], [1.0], _bucket(_bits(
+        _hostile("elias_runs", [2, 0, 2], [1.0], _bucket(_bits(
             "10 111 11111111" + ("1" + "0" * 62 + "1") * 4 + "0" + "10 110 1010000 0" + "0" + "0"), 80), 80, 128)),
     "a Rice parameter that no encoder writes": (
-        "coded", _hostile("huffman", [0, 0], [1.0], _bucket(_bits("1000" + "1 0" * 4 + "0000"), 4), 4)),
+        "coded", _hostile("huffman", [1, 0, 1], [1.0], _bucket(_bits("1000" + "1 0" * 4 + "0000"), 4), 4)),
     "nothing but ones where runs should be": (
-        "coded", _hostile("elias_runs", [0, 1], [1.0], _bucket(b"\xff" * 24, 64), 64)),
+        "coded", _hostile("elias_runs", [2, 0, 2], [1.0], _bucket(b"\xff" * 24, 64), 64)),
     "nothing but zeros where runs should be": (
-        "coded", _hostile("huffman", [0, 0], [1.0], _bucket(bytes(20), 64), 64)),
+        "coded", _hostile("huffman", [1, 0, 1], [1.0], _bucket(bytes(20), 64), 64)),
 }  # fmt: skip
 
 

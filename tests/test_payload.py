@@ -129,9 +129,9 @@ def test_the_key_travels_in_the_header():
 
 def _hostile(sizes: bytes, norms: bytes, lengths: bytes, coded: bytes, numel: int, coder: int = 4) -> torch.Tensor:
     """A payload with inline levels (0, 1), the given sections and a right checksum."""
-    tail = struct.pack("<f", 1.0) + bytes([1, 1] if coder == 4 else [0, 0]) + sizes + norms + lengths + coded
+    tail = struct.pack("<f", 1.0) + bytes([2, 1, 2] if coder == 4 else [0, 0, 0]) + sizes + norms + lengths + coded
     fixed = struct.Struct("<4sHBBBBHQQIIIQQIIQ")
-    head = (b"QGNX", 2, 1, 0, coder, 1, 0, fixed.size + len(tail) + 4, numel, len(sizes) // 8, 0, 16384, 0, 0, 0, 0, 0)
+    head = (b"QGNX", 3, 1, 0, coder, 1, 0, fixed.size + len(tail) + 4, numel, len(sizes) // 8, 0, 16384, 0, 0, 0, 0, 0)
     return _signed(fixed.pack(*head) + tail)
 
 

@@ -51,50 +51,88 @@ Text elias(int coder, uint32_t n) {
     return coder == QGENX_ELIAS_GAMMA ? gamma(n) : coder == QGENX_ELIAS_DELTA ? delta(n) : omega(n);
 }
 
-/* Canonical words: shorter first, then by index. False if the lengths break Kraft's inequality. */
-bool canonical(const uint8_t *lengths, int first, int last, Text *words) {
-    uint32_t code = 0, kraft = 0;
-    bool begun = false;
-    for (int length = 0, previous = 0; length <= 15; length++) {
-        for (int index = first; index <= last; index++) {
-            if (lengths[index] != length) continue;
-            code = (begun ? code + 1 : 0) << (length - previous);
-            begun = true;
-            previous = length;
-            kraft += 1u << (15 - length);
-            if (kraft > 1u << 15) return false;
-            words[index].append(code, length);
+/* A symbol's word, as a number of 16 bits: first bit highest, zeros behind. */
+struct Word {
+    uint32_t bits;
+    int length, symbol;
+};
+
+/* Canonical words: shorter first, then by symbol. False if the lengths break Kraft's inequality. */
+bool canonical(const uint8_t *lengths, std::vector<Word> &words) {
+    uint32_t next = 0;
+    for (int length = 1; length <= 15; length++)
+        for (Word &word : words) {
+            if (lengths[word.symbol] != length) continue;
+            word.bits = next;
+            word.length = length;
+            next += 1u << (16 - length);
+            if (next > 1u << 16) return false;
         }
-    }
     return true;
 }
 
-/* Inner nodes breadth first: prefixes by length, then by value. */
-void grow(Code &code, const Text *words, int first) {
-    struct Prefix {
-        int length;
-        uint32_t bits;
-        bool operator<(const Prefix &other) const {
-            return length != other.length ? length < other.length : bits < other.bits;
+/* Elias' word of the magnitude, and its sign. */
+void elias_words(int coder, int least, std::vector<Word> &words) {
+    for (Word &word : words) {
+        int magnitude = word.symbol < 0 ? -word.symbol : word.symbol;
+        Text text = elias(coder, uint32_t(magnitude + 1 - least));
+        if (magnitude) text.append(word.symbol < 0, 1);
+        word.bits = text.bits << (16 - text.length);
+        word.length = text.length;
+    }
+}
+
+/* Words from `first` to `last` that share their first `depth` bits. */
+struct Range {
+    const Word *first, *last;
+    int depth;
+
+    bool is_leaf() const { return last - first == 1 && first->length == depth; }
+    int height() const {
+        int length = first->length;
+        for (const Word *word = first; word < last; word++)
+            if (word->length != length) return 0;
+        return last - first == 1 << (length - depth) ? length - depth : 0;
+    }
+    Range child(int bit) const {
+        const Word *middle = first;
+        while (middle < last && !(middle->bits >> (15 - depth) & 1)) middle++;
+        return bit ? Range{middle, last, depth + 1} : Range{first, middle, depth + 1};
+    }
+};
+
+/* Inner nodes breadth first: by the length of their prefix, then by its value. */
+void grow(Code &code, std::vector<Word> &words) {
+    std::sort(words.begin(), words.end(), [](const Word &a, const Word &b) { return a.bits < b.bits; });
+    std::vector<Range> ranges(1, Range{words.data(), words.data() + words.size(), 0});
+    for (size_t number = 0; number < ranges.size(); number++) {
+        Range range = ranges[number];
+        Node node{range.depth, range.height(), {Node::NONE, Node::NONE}};
+        for (int bit = 0; bit < 2 && !node.height; bit++) {
+            Range child = range.child(bit);
+            if (child.first == child.last) continue;
+            node.child[bit] = child.is_leaf() ? Node::LEAF - uint8_t(child.first->symbol) : int(ranges.size());
+            if (!child.is_leaf()) ranges.push_back(child);
         }
-        bool operator==(const Prefix &other) const { return length == other.length && bits == other.bits; }
-    };
-    std::vector<Prefix> prefixes;
-    for (int index = first; index <= code.num_levels; index++)
-        for (int length = 0; length < words[index].length; length++)
-            prefixes.push_back({length, words[index].bits >> (words[index].length - length)});
-    std::sort(prefixes.begin(), prefixes.end());
-    prefixes.erase(std::unique(prefixes.begin(), prefixes.end()), prefixes.end());
-    auto child = [&](const Prefix &prefix, uint32_t bit) {
-        Prefix longer{prefix.length + 1, prefix.bits << 1 | bit};
-        auto found = std::lower_bound(prefixes.begin(), prefixes.end(), longer);
-        if (found != prefixes.end() && *found == longer) return int(found - prefixes.begin());
-        for (int index = first; index <= code.num_levels; index++)
-            if (words[index].length == longer.length && words[index].bits == longer.bits) return Node::LEAF - index;
-        return Node::NONE;
-    };
-    for (const Prefix &prefix : prefixes)
-        code.nodes.push_back({prefix.length, {child(prefix, 0), child(prefix, 1)}});
+        code.nodes.push_back(node);
+        for (int depth = node.depth; depth < node.depth + (node.height ? node.height : 1); depth++)
+            if (depth >= code.shortest) code.covers[depth].push_back(int(number));
+    }
+}
+
+void prepare_reading(Code &code, const std::vector<Word> &words) {
+    code.symbols.assign(size_t(1) << code.depth, 0);
+    for (const Word &word : words) code.symbols[word.bits >> (16 - code.depth)] = int8_t(word.symbol);
+    if (!code.few || code.depth > 8) return;
+    for (const Word &word : words) {
+        uint8_t first = uint8_t(word.bits >> 12), second = word.bits >> 8 & 15;
+        if (word.length <= 4) {
+            code.short_symbols[first] = int8_t(word.symbol);
+            continue;
+        }
+        if (code.longer.empty() || code.longer.back().first != first) code.longer.push_back({first, {}});
+        code.longer.back().symbols[second] = int8_t(word.symbol); /* words are sorted */
+    }
 }
 
 const char *prepare_levels(const qgenx_codebook &book, Code &code) {
@@ -112,11 +150,14 @@ const char *prepare_levels(const qgenx_codebook &book, Code &code) {
     }
     code.draw_bits = s > 63 ? 15 : 16;
     for (int j = 0; j < 16; j++) code.unit_gaps[j] = code.inverse_gaps[j] * float(1 << code.draw_bits);
-    for (int step = 0; step < 3; step++)
-        for (int j = 0; j < 8; j++) {
-            int level = j + (4 >> step);
-            code.halves[step][j] = level < s ? code.levels[level] : INFINITY;
-        }
+    code.has_short_levels = s < 8;
+    for (int j = 1; j < s && s < 8; j++) {
+        uint32_t bits;
+        memcpy(&bits, &code.levels[j], 4);
+        code.has_short_levels = code.has_short_levels && (bits & 0xFFFF) == 0;
+        code.short_levels[j - 1] = int16_t(int(bits >> 16) - 1);
+    }
+    for (int j = s; j < 7; j++) code.short_levels[j - 1] = INT16_MAX;
     return nullptr;
 }
 
@@ -134,9 +175,31 @@ void prepare_search(Code &code) {
     }
 }
 
-const char *check_lengths(const qgenx_codebook &book, const Code &code) {
-    bool same = memcmp(book.lengths, code.lengths, size_t(book.num_levels) + 1) == 0;
-    return same ? nullptr : "code lengths are not those of its coder";
+/* Which symbols have words, by the lengths, or why these are none; zeros and ones may be runs. */
+const char *list_symbols(const uint8_t *lengths, Code &code, std::vector<Word> &words) {
+    int s = code.num_levels, least = 0;
+    if (code.coder == QGENX_ELIAS_RUNS) code.runs = Runs::OMEGA;
+    if (code.coder == QGENX_HUFFMAN && lengths[0] == 0) code.runs = Runs::RICE;
+    code.ones = code.runs == Runs::RICE && s > 1 && lengths[-1] == 1 && lengths[1] == 1;
+    least = code.ones ? 2 : code.runs != Runs::NONE ? 1 : 0;
+    for (int symbol = -s; symbol <= s; symbol++) {
+        if (-least < symbol && symbol < least) continue;
+        if (code.coder == QGENX_HUFFMAN && (lengths[symbol] < 1 || lengths[symbol] > 15))
+            return "code lengths are not between 1 and 15";
+        words.push_back({0, 0, symbol});
+    }
+    if (code.coder == QGENX_HUFFMAN)
+        return canonical(lengths, words) ? nullptr : "code lengths that break Kraft's inequality";
+    elias_words(code.coder, code.runs == Runs::NONE ? 0 : 1, words);
+    for (const Word &word : words)
+        if (word.length != lengths[word.symbol]) return "code lengths are not those of its coder";
+    return code.runs == Runs::NONE || lengths[0] == 0 ? nullptr : "code lengths are not those of its coder";
+}
+
+const char *check_no_lengths(const qgenx_codebook &book) {
+    for (uint32_t i = 0; i <= 2 * book.num_levels; i++)
+        if (book.lengths[i]) return "code lengths are not those of its coder";
+    return nullptr;
 }
 
 }  // namespace
@@ -160,51 +223,39 @@ const OmegaTables &omega_tables() {
     return tables;
 }
 
-const char *prepare(const qgenx_codebook &book, Code &code) {
+const char *prepare(const qgenx_codebook &book, Code &code, bool reading) {
     if (book.coder > QGENX_ELIAS_RUNS) return "coder is unknown";
     if (book.num_levels < 1 || book.num_levels > QGENX_MAX_LEVELS) return "num_levels is not between 1 and 127";
     code.coder = int(book.coder);
     code.num_levels = int(book.num_levels);
-    code.index_bits = bit_length(book.num_levels);
+    code.few = code.num_levels < 8;
     if (const char *wrong = prepare_levels(book, code)) return wrong;
     if (code.num_levels > 15) prepare_search(code);
     if (book.coder == QGENX_FIXED) {
         code.width = fixed_width(code.num_levels);
-        return check_lengths(book, code);
+        return check_no_lengths(book);
     }
-    if (book.coder == QGENX_ELIAS_RUNS) code.runs = Runs::OMEGA;
-    if (book.coder == QGENX_HUFFMAN && book.lengths[0] == 0) code.runs = Runs::RICE;
-    int first = code.runs == Runs::NONE ? 0 : 1;
-    Text words[128];
-    if (book.coder == QGENX_HUFFMAN) {
-        for (int index = first; index <= code.num_levels; index++) {
-            bool alone = code.num_levels == first;
-            if (book.lengths[index] > 15 || (book.lengths[index] == 0 && !alone))
-                return "code lengths are not between 1 and 15";
-        }
-        if (!canonical(book.lengths, first, code.num_levels, words))
-            return "code lengths that break Kraft's inequality";
-    } else {
-        for (int index = first; index <= code.num_levels; index++)
-            words[index] = elias(code.coder, uint32_t(index + 1 - first));
+    std::vector<Word> words;
+    if (const char *wrong = list_symbols(book.lengths + book.num_levels, code, words)) return wrong;
+    code.shortest = 16;
+    for (const Word &word : words) {
+        code.words[uint8_t(word.symbol)] = uint16_t(word.bits);
+        if (code.few) code.few_words[0][word.symbol & 15] = uint8_t(word.bits >> 8);
+        if (code.few) code.few_words[1][word.symbol & 15] = uint8_t(word.bits);
+        code.depth = std::max(code.depth, word.length);
+        code.shortest = std::min(code.shortest, word.length);
     }
-    for (int index = first; index <= code.num_levels; index++) {
-        code.depth = std::max(code.depth, words[index].length);
-        code.lengths[index] = uint8_t(words[index].length);
-        code.words[index] = uint16_t(words[index].bits << (16 - words[index].length));
-        code.word_bytes[0][index] = uint8_t(code.words[index] >> 8);
-        code.word_bytes[1][index] = uint8_t(code.words[index]);
-    }
-    grow(code, words, first);
-    return check_lengths(book, code);
+    grow(code, words);
+    if (reading) prepare_reading(code, words);
+    return nullptr;
 }
 
 int fixed_width(int num_levels) { return bit_length(2 * uint32_t(num_levels)); }
 
 uint64_t most_bytes(const Code &code, uint64_t n) {
     if (code.width) return (n * uint64_t(code.width) + 7) / 8;
-    uint64_t symbol = uint64_t(code.depth) + 1;
-    return code.runs == Runs::NONE ? (n * symbol + 7) / 8 : (n * (symbol + 2) + 24 + 7) / 8;
+    uint64_t stages = code.runs == Runs::NONE ? 0 : code.ones ? 2 : 1;
+    return (n * (uint64_t(code.depth) + 2 * stages) + 24 * stages + 7) / 8;
 }
 
 }  // namespace qgenx

@@ -9,10 +9,11 @@
 
 namespace qgenx {
 
-/* An inner node of the code's tree. A child is an inner node (its number), a leaf (LEAF - index) or NONE. */
+/* An inner node of the code's tree. A child is an inner node (its number), a leaf (LEAF - symbol's low byte) or NONE.
+ * Where all words below a node are equally long and none is missing, as `height` says, children are not listed. */
 struct Node {
     static constexpr int NONE = -1, LEAF = -2;
-    int depth;
+    int depth, height;
     int child[2];
 };
 
@@ -20,15 +21,27 @@ enum class Runs { NONE, RICE, OMEGA };
 
 struct Code {
     int coder = 0;
-    int num_levels = 0;        /* s */
-    int width = 0;             /* bits of a symbol of the fixed code, 0 for all others */
-    Runs runs = Runs::NONE;    /* how zeros are coded, if not by a word of their own */
-    int depth = 0;             /* bits of the longest word */
-    int index_bits = 0;        /* bits that name an index 0..s */
-    std::vector<Node> nodes;   /* breadth first */
-    uint16_t words[128] = {};  /* first bit highest */
-    uint8_t lengths[128] = {};
-    uint8_t word_bytes[2][128] = {}; /* the two bytes of every word */
+    int num_levels = 0;      /* s */
+    int width = 0;           /* bits of a symbol of the fixed code, 0 for all others */
+    Runs runs = Runs::NONE;  /* how zeros are coded, if not by a word of their own */
+    bool ones = false;       /* whether the ones among the non-zeros are coded as runs too */
+    bool few = true;         /* at most 16 symbols: their lowest four bits name them */
+    int depth = 0;           /* bits of the longest word */
+    int shortest = 0;        /* and of the shortest */
+    std::vector<Node> nodes; /* breadth first, the complete ones without what is below them */
+    std::vector<int> covers[16]; /* of each depth from the shortest word's on: the nodes that have words with such a bit */
+    uint16_t words[256] = {};    /* of each symbol's low byte, first bit highest */
+    uint8_t few_words[2][16] = {}; /* the first and second byte of words by the symbols' lowest four bits, if few */
+    std::vector<int8_t> symbols;   /* for reading: of each word's first `depth` bits, zeros behind shorter ones */
+
+    struct Longer {
+        uint8_t first;
+        int8_t symbols[16];
+    };
+    /* For reading a few by halves of a byte: the symbols of the words' first four bits, and for those that do not
+     * decide, of the next four. Only if no word is longer than a byte. */
+    int8_t short_symbols[16] = {};
+    std::vector<Longer> longer;
 
     int draw_bits = 16;
     bool uniform = false;      /* l_j = j / s */
@@ -36,7 +49,8 @@ struct Code {
     bool wide_gaps = true;     /* none so small that its inverse times 2^16 would not be finite */
     float inverse_gaps[128] = {}; /* of the gap above each level */
     float unit_gaps[16] = {};     /* of the first, times 2^draw_bits */
-    float halves[3][8];           /* for each j and step of a search by halves, l_(j + 4), l_(j + 2), l_(j + 1) */
+    bool has_short_levels = false; /* at most seven, whose lower 16 bits are zeros */
+    int16_t short_levels[6] = {};  /* then: what the upper bits of l_1 ... l_6 are above */
     std::vector<uint8_t> start;   /* for each slot of u, how many of l_1 ... l_(s-1) its lower edge is not below */
 };
 
@@ -48,8 +62,8 @@ inline int slot_of(uint32_t bits) {
     return slot < 0 ? 0 : slot;
 }
 
-/* Fills `code`; returns NULL, or what is wrong with the codebook. */
-const char *prepare(const qgenx_codebook &book, Code &code);
+/* Fills `code`, for decoding too if `reading`; returns NULL, or what is wrong with the codebook. */
+const char *prepare(const qgenx_codebook &book, Code &code, bool reading);
 
 /* Bits that name the symbols -s ... s. */
 int fixed_width(int num_levels);

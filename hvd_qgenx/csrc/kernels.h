@@ -10,7 +10,7 @@
 
 namespace qgenx {
 
-constexpr int PAD = 64; /* elements behind every buffer that kernels may read or write in whole vectors */
+constexpr int PAD = 256; /* elements behind every buffer that kernels may read or write in whole vectors */
 
 /* Memory that will be needed next, asked for line by line while there is other work. */
 struct Ahead {
@@ -26,24 +26,24 @@ struct Ahead {
 /* Memory of one thread for buckets of up to `bucket` elements, never shared. */
 struct Scratch {
     Ahead ahead;
-    int words; /* 64-bit masks that cover a bucket */
+    int words; /* 64-bit masks that cover a bucket, a multiple of four */
     std::unique_ptr<int8_t[]> symbols;
-    std::unique_ptr<uint8_t[]> indices; /* of levels, the sign in bit 7 */
-    std::unique_ptr<uint16_t[]> positions;
+    std::unique_ptr<uint8_t[]> indices; /* symbols too, on the way back */
+    std::unique_ptr<uint16_t[]> positions; /* of the elements behind a bucket's runs, then of those behind the ones' */
     std::unique_ptr<float[]> scaled;
     std::unique_ptr<uint8_t[]> bytes;
     std::unique_ptr<uint64_t[]> passing; /* [node][word]: elements whose code word begins with the node's prefix */
-    std::unique_ptr<uint64_t[]> planes;  /* [bit][word]: bits of the words, or of the indices */
+    std::unique_ptr<uint64_t[]> planes;  /* [bit][word]: 16 of the code words, and two more masks */
 
     Scratch(int bucket, int nodes)
-        : words((bucket + 63) / 64),
+        : words((bucket + 255) / 256 * 4),
           symbols(new int8_t[bucket + PAD]),
           indices(new uint8_t[bucket + PAD]),
-          positions(new uint16_t[bucket + 1]),
+          positions(new uint16_t[2 * (bucket + 1)]),
           scaled(new float[bucket + PAD]),
-          bytes(new uint8_t[size_t(bucket) * 18 / 8 + bucket / 8 + 3 * PAD]),
-          passing(new uint64_t[size_t(nodes > 0 ? nodes : 1) * words]),
-          planes(new uint64_t[size_t(18) * words]) {}
+          bytes(new uint8_t[size_t(bucket) * 20 / 8 + bucket / 8 + 3 * PAD]),
+          passing(new uint64_t[size_t(nodes > 0 ? nodes : 1) * words]()),
+          planes(new uint64_t[size_t(18) * words]()) {}
 };
 
 /* A bucket's place among the draws: where it begins in the vector, and the key. */

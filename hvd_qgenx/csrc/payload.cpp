@@ -64,10 +64,10 @@ int parse_codebook(const uint8_t *data, Cursor &cursor, Parsed &parsed, Failure 
     const uint8_t *levels = cursor.take("levels", book.num_levels, 4, failure);
     if (!levels) return failure.status;
     memcpy(book.levels + 1, levels, 4 * size_t(book.num_levels));
-    const uint8_t *lengths = cursor.take("code lengths", book.num_levels + 1, 1, failure);
+    const uint8_t *lengths = cursor.take("code lengths", 2 * book.num_levels + 1, 1, failure);
     if (!lengths) return failure.status;
-    memcpy(book.lengths, lengths, size_t(book.num_levels) + 1);
-    const char *wrong = prepare(book, parsed.code);
+    memcpy(book.lengths, lengths, 2 * size_t(book.num_levels) + 1);
+    const char *wrong = prepare(book, parsed.code, true);
     REFUSE(wrong, "codebook: %s", wrong);
     return QGENX_OK;
 }
@@ -121,7 +121,7 @@ void Layout::count() {
     }
 }
 
-uint64_t inline_bytes(const qgenx_codebook &book) { return 5 * uint64_t(book.num_levels) + 1; }
+uint64_t inline_bytes(const qgenx_codebook &book) { return 6 * uint64_t(book.num_levels) + 1; }
 
 uint64_t bound_of(const Layout &layout, const Code &code, uint64_t inlined) {
     uint64_t coded = 0;
@@ -157,7 +157,7 @@ Sections write_header(const qgenx_codebook &book, const qgenx_job &job, const La
     out += HEADER;
     if (job.inline_codebook) {
         memcpy(out, book.levels + 1, 4 * size_t(book.num_levels));
-        memcpy(out + 4 * book.num_levels, book.lengths, size_t(book.num_levels) + 1);
+        memcpy(out + 4 * book.num_levels, book.lengths, 2 * size_t(book.num_levels) + 1);
         out += inline_bytes(book);
     }
     if (layout.num_segments) memcpy(out, layout.sizes, 8 * size_t(layout.num_segments));

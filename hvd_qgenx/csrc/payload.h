@@ -17,7 +17,7 @@ static_assert(sizeof(float) == 4, "floats are IEEE binary32");
 
 namespace qgenx {
 
-constexpr uint32_t VERSION = 2, HEADER = 72, CHECKSUM = 4;
+constexpr uint32_t VERSION = 3, HEADER = 72, CHECKSUM = 4;
 
 /* What has gone wrong, as a value. */
 struct Failure {

@@ -31,23 +31,24 @@ inline uint64_t pdep(uint64_t x, uint64_t mask) {
     return spread;
 }
 
-inline uint64_t nonzero_mask(const int8_t *symbols) {
+/* Which of 64 symbols have a magnitude above `least`, which are negative. */
+inline uint64_t above_mask(const int8_t *symbols, int least) {
     uint64_t mask = 0;
-    for (int i = 0; i < 64; i++) mask |= uint64_t(symbols[i] != 0) << i;
+    for (int i = 0; i < 64; i++) mask |= uint64_t(symbols[i] > least || symbols[i] < -least) << i;
     return mask;
 }
 
-void word_planes(const Code &code, const int8_t *symbols, int words, int stride, uint64_t *planes, uint64_t *signs,
-                 uint64_t *nonzero) {
+inline uint64_t negative_mask(const int8_t *symbols) {
+    uint64_t mask = 0;
+    for (int i = 0; i < 64; i++) mask |= uint64_t(symbols[i] < 0) << i;
+    return mask;
+}
+
+/* The bits of the code words of symbols, a mask for each depth and 64 of them. */
+void word_planes(const Code &code, const int8_t *symbols, int words, int stride, uint64_t *planes) {
     for (int w = 0; w < words; w++) {
         uint16_t found[64];
-        signs[w] = 0;
-        nonzero[w] = nonzero_mask(symbols + 64 * w);
-        for (int i = 0; i < 64; i++) {
-            int symbol = symbols[64 * w + i];
-            found[i] = code.words[symbol < 0 ? -symbol : symbol];
-            signs[w] |= uint64_t(symbol < 0) << i;
-        }
+        for (int i = 0; i < 64; i++) found[i] = code.words[uint8_t(symbols[64 * w + i])];
         for (int depth = 0; depth < code.depth; depth++) {
             uint64_t ones = 0;
             for (int i = 0; i < 64; i++) ones |= uint64_t(found[i] >> (15 - depth) & 1) << i;
@@ -56,23 +57,28 @@ void word_planes(const Code &code, const int8_t *symbols, int words, int stride,
     }
 }
 
-void index_bytes(const uint64_t *bits, int index_bits, const uint64_t *signs, int words, int stride,
-                 uint8_t *indices) {
+/* Symbols from the bits of their code words. */
+void symbols_of(const Code &code, const uint64_t *planes, int words, int stride, uint8_t *symbols) {
     for (int w = 0; w < words; w++)
         for (int i = 0; i < 64; i++) {
-            unsigned index = unsigned(signs[w] >> i & 1) << 7;
-            for (int bit = 0; bit < index_bits; bit++) index |= unsigned(bits[bit * stride + w] >> i & 1) << bit;
-            indices[64 * w + i] = uint8_t(index);
+            unsigned word = 0;
+            for (int depth = 0; depth < code.depth; depth++) word = word << 1 | (planes[depth * stride + w] >> i & 1);
+            symbols[64 * w + i] = uint8_t(code.symbols[word]);
         }
 }
 
+/* -1 where a mask has a one, else 1. */
+void signs_of(const uint64_t *negative, int words, uint8_t *symbols) {
+    for (int w = 0; w < words; w++)
+        for (int i = 0; i < 64; i++) symbols[64 * w + i] = negative[w] >> i & 1 ? 255 : 1;
+}
+
 /* In place, from symbol + s; false if one is above 2 s. */
-bool codes_to_indices(uint8_t *codes, int n, int num_levels) {
+bool codes_to_symbols(uint8_t *codes, int n, int num_levels) {
     bool good = true;
     for (int i = 0; i < n; i++) {
-        int symbol = codes[i] - num_levels;
-        good = good && symbol <= num_levels;
-        codes[i] = uint8_t(symbol < 0 ? 128 - symbol : symbol);
+        good = good && codes[i] <= 2 * num_levels;
+        codes[i] = uint8_t(codes[i] - num_levels);
     }
     return good;
 }
@@ -87,9 +93,8 @@ void unpack_nibbles(const uint8_t *bytes, int n, uint8_t *codes) {
     for (int i = 0; i < n; i++) codes[i] = uint8_t(bytes[i / 2] >> (i & 1 ? 4 : 0) & 15);
 }
 
-void accumulate(const uint8_t *indices, int n, const float *table, int, float *out, bool add, float divisor,
-                Ahead &) {
-    for (int i = 0; i < n; i++) out[i] = ((add ? out[i] : 0.0f) + table[indices[i]]) / divisor;
+void accumulate(const uint8_t *symbols, int n, const float *table, bool, float *out, bool add, float divisor, Ahead &) {
+    for (int i = 0; i < n; i++) out[i] = ((add ? out[i] : 0.0f) + table[symbols[i]]) / divisor;
 }
 
 inline uint32_t hash(uint32_t x, const uint32_t *words) {
@@ -136,6 +141,9 @@ void round_values(const Code &code, const float *values, int n, float norm, cons
     }
 }
 
+#include "bits.h"
+#include "words.h"
+#include "runs.h"
 #include "bucket.h"
 
 /* 16 lanes in float64, folded in halves, the root rounded up: docs/wire_format.md. */

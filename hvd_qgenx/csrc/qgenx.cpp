@@ -83,7 +83,7 @@ int prepare_job(const qgenx_codebook *book, const qgenx_job &job, Code &code, Fa
         return failure.set(QGENX_BAD_ARGUMENT, "bucket_size must be between 1 and %d", QGENX_MAX_BUCKET);
     if (job.norm > QGENX_LINF) return failure.set(QGENX_BAD_ARGUMENT, "norm is unknown");
     if (!book) return QGENX_OK;
-    const char *wrong = prepare(*book, code);
+    const char *wrong = prepare(*book, code, false);
     return wrong ? failure.set(QGENX_BAD_ARGUMENT, "%s", wrong) : QGENX_OK;
 }
 
@@ -360,7 +360,7 @@ int decode_mean(const qgenx_codebook &book, const uint8_t *const *payloads, cons
                 float *out, uint64_t numel, int threads, const Kernels &kernels, Failure &failure) {
     if (count == 0) return failure.set(QGENX_BAD_ARGUMENT, "payloads must hold at least one payload");
     Code code;
-    if (const char *wrong = prepare(book, code)) return failure.set(QGENX_BAD_ARGUMENT, "%s", wrong);
+    if (const char *wrong = prepare(book, code, true)) return failure.set(QGENX_BAD_ARGUMENT, "%s", wrong);
     std::vector<Parsed> parsed(count);
     bool alike = true;
     for (uint32_t i = 0; i < count; i++) {

@@ -13,8 +13,8 @@
  * compared with the bytes that are there. No function keeps anything between calls; all can be called at once from
  * several threads. Each uses up to `threads` threads of its own for the time of the call.
  *
- * Memory: encode and decode_mean need for each thread a scratch of at most 0.8 MB, decode_mean 16 kB more for each
- * payload, statistics 4 bytes for each bucket; none a temporary of the vector's size. tests/fuzz holds
+ * Memory: encode and decode_mean need for each thread a scratch of at most 1.1 MB, decode_mean 80 kB more for each
+ * payload with a codebook of its own and 2 kB for each other, statistics 4 bytes for each bucket; none a temporary of the vector's size. tests/fuzz holds
  * the first two to it.
  */
 #ifndef QGENX_H
@@ -46,13 +46,14 @@ typedef enum {
 } qgenx_coder;
 typedef enum { QGENX_PORTABLE = 0, QGENX_AVX2 = 1 } qgenx_path;
 
-/* Levels and the code of their indices. A Huffman length of 0 for index 0 says that zeros are coded as runs. */
+/* Levels and the code of the symbols -s ... s. A Huffman length of 0 for symbol 0 says that zeros are coded as runs, and
+ * lengths of 1 for both -1 and 1, where there are further symbols, that ones are too. */
 typedef struct {
     uint32_t coder;
-    uint32_t num_levels;                   /* s, 1 to 127 */
-    uint64_t hash;                         /* what a payload without an inline codebook names it by */
-    float levels[QGENX_MAX_LEVELS + 1];    /* 0 = l_0 < ... < l_s = 1 */
-    uint8_t lengths[QGENX_MAX_LEVELS + 1]; /* bits of each index's word, its sign not counted; none for fixed */
+    uint32_t num_levels;                       /* s, 1 to 127 */
+    uint64_t hash;                             /* what a payload without an inline codebook names it by */
+    float levels[QGENX_MAX_LEVELS + 1];        /* 0 = l_0 < ... < l_s = 1 */
+    uint8_t lengths[2 * QGENX_MAX_LEVELS + 1]; /* bits of the words of -s ... s; none for fixed */
 } qgenx_codebook;
 
 /* How a vector is cut, and what its payload's header says. */

@@ -44,7 +44,7 @@ std::vector<Bytes> make_payloads(Random &random) {
     std::vector<uint64_t> sizes = {130, 3, 0, 67};
     for (uint32_t num_levels : {1u, 3u, 7u, 20u, 127u})
         for (uint32_t coder = QGENX_FIXED; coder <= QGENX_ELIAS_RUNS; coder++)
-            for (Words words : {Words::FLAT, Words::SKEWED, Words::RUNS}) {
+            for (Words words : {Words::FLAT, Words::SKEWED, Words::RUNS, Words::ONES}) {
                 if (coder != QGENX_HUFFMAN && words != Words::FLAT) continue;
                 Table table = num_levels == 20 ? Table::CROWDED : Table::UNIFORM;
                 qgenx_codebook book = make_book(coder, num_levels, table, words);

@@ -53,7 +53,7 @@ inline void sign(Bytes &payload) {
 }
 
 enum class Table { UNIFORM, EXPONENTIAL, CROWDED };
-enum class Words { FLAT, SKEWED, RUNS };
+enum class Words { FLAT, SKEWED, RUNS, ONES };
 
 inline uint32_t bits_of(uint32_t n) { return n ? 1 + bits_of(n / 2) : 0; }
 
@@ -65,14 +65,18 @@ inline uint32_t elias_length(uint32_t coder, uint32_t n) {
     return n == 1 ? 1 : elias_length(coder, bits - 1) + bits;
 }
 
-/* Bits of the code word of index j of s. */
-inline uint32_t word_length(uint32_t coder, uint32_t s, Words words, uint32_t j) {
+/* Bits of the code word of a symbol of -s ... s. */
+inline uint32_t word_length(uint32_t coder, uint32_t s, Words words, int symbol) {
+    uint32_t magnitude = uint32_t(symbol < 0 ? -symbol : symbol), place = uint32_t(symbol + int(s));
     if (coder == QGENX_FIXED) return 0;
-    if (coder == QGENX_ELIAS_RUNS) return j ? elias_length(coder, j) : 0;
-    if (coder != QGENX_HUFFMAN) return elias_length(coder, j + 1);
-    if (words == Words::RUNS && (j == 0 || s == 1)) return 0;
-    if (words != Words::SKEWED) return bits_of(s);
-    return s > 14 ? (j < 7 ? j + 1 : 14) : j < s ? j + 1 : s;
+    if (coder == QGENX_ELIAS_RUNS) return magnitude ? elias_length(coder, magnitude) + 1 : 0;
+    if (coder != QGENX_HUFFMAN) return elias_length(coder, magnitude + 1) + (magnitude ? 1 : 0);
+    bool runs = words == Words::RUNS || words == Words::ONES;
+    if (runs && magnitude == 0) return 0;
+    if (words == Words::ONES && s > 1 && magnitude == 1) return 1;
+    if (words != Words::SKEWED) return bits_of(2 * s);
+    uint32_t last = s > 3 ? 14 : 2 * s; /* words of 1 to 6 bits, then of 14, as many as there are */
+    return s > 3 ? (place < 6 ? place + 1 : last) : place < last ? place + 1 : last;
 }
 
 /* A codebook of `num_levels`, 1 to 127; `words` are the lengths of Huffman's code words. */
@@ -87,8 +91,9 @@ inline qgenx_codebook make_book(uint32_t coder, uint32_t num_levels, Table table
                                : table == Table::CROWDED && j && j < num_levels ? 0.5 + place / 4096
                                : table == Table::CROWDED ? place
                                : j ? std::pow(0.8, num_levels - j) : 0.0);
-        book.lengths[j] = uint8_t(word_length(coder, num_levels, words, j));
     }
+    for (uint32_t i = 0; i <= 2 * num_levels; i++)
+        book.lengths[i] = uint8_t(word_length(coder, num_levels, words, int(i) - int(num_levels)));
     return book;
 }
 

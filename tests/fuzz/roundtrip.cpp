@@ -108,7 +108,7 @@ std::vector<qgenx_codebook> make_books() {
         for (uint32_t coder = QGENX_FIXED; coder <= QGENX_ELIAS_RUNS; coder++) {
             Table table = Table((num_levels + coder) % 3);
             if (coder == QGENX_HUFFMAN)
-                for (Words words : {Words::SKEWED, Words::RUNS}) books.push_back(make_book(coder, num_levels, table, words));
+                for (Words words : {Words::SKEWED, Words::RUNS, Words::ONES}) books.push_back(make_book(coder, num_levels, table, words));
             books.push_back(make_book(coder, num_levels, table, Words::FLAT));
         }
     return books;

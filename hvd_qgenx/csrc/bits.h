@@ -1,0 +1,136 @@
+/* Bits one after another, lowest first. It is included into a path's namespace, which must have: pext, pdep, popcount. */
+
+/* Appends bits. Writes up to 8 bytes past what it has been given. */
+struct Writer {
+    uint8_t *out;
+    uint64_t pending = 0;
+    unsigned fill = 0;
+
+    explicit Writer(uint8_t *start) : out(start) {}
+
+    inline void put(uint64_t bits, unsigned count) {
+        pending |= bits << fill;
+        memcpy(out, &pending, 8);
+        uint64_t rest = bits >> 1 >> (63 - fill);
+        unsigned total = fill + count;
+        pending = total >= 64 ? rest : pending;
+        out += total >> 6 << 3;
+        fill = total & 63;
+    }
+
+    /* The first n bits of a mask. */
+    inline void put_first(const uint64_t *mask, int n) {
+        Writer writer = *this; /* whose members no store can be thought to change */
+        int w = 0;
+        if (fill == 0) {
+            w = n / 64;
+            memcpy(out, mask, 8 * size_t(w));
+            writer.out += 8 * w;
+        }
+        for (; w < n / 64; w++, writer.out += 8) {
+            writer.pending |= mask[w] << fill;
+            memcpy(writer.out, &writer.pending, 8);
+            writer.pending = mask[w] >> 1 >> (63 - fill);
+        }
+        if (n % 64) writer.put(mask[n / 64] & ((1ull << n % 64) - 1), unsigned(n % 64));
+        *this = writer;
+    }
+
+    /* The bits of `mask` at the ones of `pass`. */
+    inline void put_at(const uint64_t *mask, const uint64_t *pass, int words) {
+        Writer writer = *this;
+        for (int w = 0; w < words; w++) writer.put(pext(mask[w], pass[w]), popcount(pass[w]));
+        *this = writer;
+    }
+
+    /* The same, for so few ones that those of four words mostly fit one. */
+    inline void put_at_few(const uint64_t *mask, const uint64_t *pass, int words) {
+        Writer writer = *this;
+        int w = 0;
+        for (; w + 4 <= words; w += 4) {
+            uint64_t bits = 0;
+            unsigned count = 0;
+            for (int k = 0; k < 4; k++) {
+                bits |= pext(mask[w + k], pass[w + k]) << (count & 63);
+                count += popcount(pass[w + k]);
+            }
+            if (count > 64)
+                for (int k = 0; k < 4; k++) writer.put(pext(mask[w + k], pass[w + k]), popcount(pass[w + k]));
+            else
+                writer.put(bits, count);
+        }
+        for (; w < words; w++) writer.put(pext(mask[w], pass[w]), popcount(pass[w]));
+        *this = writer;
+    }
+
+    uint8_t *end() {
+        memcpy(out, &pending, 8);
+        return out + (fill + 7) / 8;
+    }
+};
+
+/* Reads bits from a copy with slack behind it. `at` may pass `end`; whoever reads must compare. */
+struct Reader {
+    const uint8_t *data;
+    uint64_t at, end;
+
+    inline uint64_t peek(uint64_t position) const {
+        uint64_t low;
+        memcpy(&low, data + (position >> 3), 8);
+        unsigned shift = position & 7;
+        uint64_t high = data[(position >> 3) + 8];
+        return low >> shift | high << 1 << (63 - shift);
+    }
+
+    inline uint64_t get(unsigned count) { /* at most 63 */
+        uint64_t bits = peek(at) & ((1ull << count) - 1);
+        at += count;
+        return bits;
+    }
+
+    /* The next n bits as a mask, zeros behind. */
+    inline void get_first(uint64_t *mask, int n) {
+        Reader reader = *this; /* whose members no store can be thought to change */
+        int w = 0;
+        if (at % 8 == 0) {
+            w = n / 64;
+            memcpy(mask, data + at / 8, 8 * size_t(w));
+            reader.at += 64 * uint64_t(w);
+        }
+        for (; w < n / 64; w++, reader.at += 64) mask[w] = reader.peek(reader.at);
+        if (n % 64) mask[n / 64] = reader.get(unsigned(n % 64));
+        at = reader.at;
+    }
+
+    /* A bit for each one of `pass`. */
+    inline void get_at(uint64_t *mask, const uint64_t *pass, int words) {
+        Reader reader = *this;
+        for (int w = 0; w < words; w++) {
+            mask[w] = pdep(reader.peek(reader.at), pass[w]);
+            reader.at += popcount(pass[w]);
+        }
+        at = reader.at;
+    }
+
+    inline void get_at_few(uint64_t *mask, const uint64_t *pass, int words) {
+        Reader reader = *this;
+        int w = 0;
+        for (; w + 4 <= words; w += 4) {
+            uint64_t bits = reader.peek(reader.at);
+            unsigned count = 0;
+            for (int k = 0; k < 4; k++) {
+                mask[w + k] = pdep(bits >> (count & 63), pass[w + k]);
+                count += popcount(pass[w + k]);
+            }
+            if (count > 64) {
+                at = reader.at;
+                get_at(mask + w, pass + w, 4);
+                reader.at = at;
+            } else {
+                reader.at += count;
+            }
+        }
+        at = reader.at;
+        get_at(mask + w, pass + w, words - w);
+    }
+};

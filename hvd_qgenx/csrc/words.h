@@ -1,0 +1,115 @@
+/* Code words of a bucket's symbols, depth by depth: the first bits of all words, the second bits of those that have one,
+ * and so on. It is included into a path's namespace, which must also have: word_planes, symbols_of.
+ */
+
+static const char *const PAST_END = "a bucket whose code words pass its end";
+static const char *const NO_WORD = "a code word that does not exist";
+
+/* Masks are handled four words at a time; behind a bucket's words they hold whatever there was, or zeros. */
+constexpr int BLOCK = 4;
+
+inline int blocks_of(int n) { return (n + 64 * BLOCK - 1) / (64 * BLOCK); }
+
+inline uint64_t valid_mask(int n, int word) {
+    int left = n - 64 * word;
+    return left >= 64 ? ~0ull : left <= 0 ? 0 : (1ull << left) - 1;
+}
+
+/* to = a & b, a & ~b, to | a */
+inline void and_masks(uint64_t *to, const uint64_t *a, const uint64_t *b, int blocks) {
+    for (int w = 0; w < BLOCK * blocks; w += BLOCK)
+        for (int k = 0; k < BLOCK; k++) to[w + k] = a[w + k] & b[w + k];
+}
+inline void and_not_masks(uint64_t *to, const uint64_t *a, const uint64_t *b, int blocks) {
+    for (int w = 0; w < BLOCK * blocks; w += BLOCK)
+        for (int k = 0; k < BLOCK; k++) to[w + k] = a[w + k] & ~b[w + k];
+}
+inline void or_masks(uint64_t *to, const uint64_t *a, int blocks) {
+    for (int w = 0; w < BLOCK * blocks; w += BLOCK)
+        for (int k = 0; k < BLOCK; k++) to[w + k] |= a[w + k];
+}
+
+/* Which elements pass each node of a code's tree, known depth by depth. */
+struct Passing {
+    const Code &code;
+    int blocks, stride;
+    uint64_t *masks, *any, *leaf; /* of the nodes; of a depth with several; of a branch without words */
+
+    Passing(const Code &of, int n, Scratch &scratch)
+        : code(of), blocks(blocks_of(n)), stride(scratch.words), masks(scratch.passing.get()),
+          any(scratch.planes.get() + 16 * stride), leaf(any + stride) {
+        for (int w = 0; w < BLOCK * blocks; w++) masks[w] = valid_mask(n, w);
+    }
+
+    /* The elements whose words have a bit at this depth, which is not less than the shortest word's length. */
+    const uint64_t *at(int depth) {
+        const std::vector<int> &covers = code.covers[depth];
+        const uint64_t *first = masks + covers[0] * stride;
+        if (covers.size() == 1) return first;
+        memcpy(any, first, size_t(BLOCK * blocks) * 8);
+        for (size_t i = 1; i < covers.size(); i++) or_masks(any, masks + covers[i] * stride, blocks);
+        return any;
+    }
+
+    /* Goes on by the bits of a depth from the nodes there, `number` being the first; false if a word does not exist. */
+    bool follow(int depth, const uint64_t *ones, size_t &number) {
+        for (; number < code.nodes.size() && code.nodes[number].depth == depth; number++) {
+            const Node &node = code.nodes[number];
+            const uint64_t *pass = masks + number * stride;
+            if (node.height) continue;
+            for (int bit = 0; bit < 2; bit++) {
+                int child = node.child[bit];
+                if (child < Node::NONE) continue;
+                uint64_t *to = child >= 0 ? masks + child * stride : leaf;
+                bit ? and_masks(to, pass, ones, blocks) : and_not_masks(to, pass, ones, blocks);
+                if (child == Node::NONE && any_of(leaf)) return false;
+            }
+        }
+        return true;
+    }
+
+    bool any_of(const uint64_t *mask) const {
+        uint64_t found = 0;
+        for (int w = 0; w < BLOCK * blocks; w++) found |= mask[w];
+        return found != 0;
+    }
+};
+
+static void write_words(const Code &code, const int8_t *symbols, int n, Writer &writer, Scratch &scratch) {
+    int words = (n + 63) / 64, stride = scratch.words;
+    uint64_t *planes = scratch.planes.get();
+    word_planes(code, symbols, words, stride, planes);
+    Passing passing(code, n, scratch);
+    size_t number = 0;
+    for (int depth = 0; depth < code.depth; depth++) {
+        const uint64_t *ones = planes + depth * stride;
+        if (depth < code.shortest)
+            writer.put_first(ones, n);
+        else if (depth == code.shortest)
+            writer.put_at(ones, passing.at(depth), words);
+        else
+            writer.put_at_few(ones, passing.at(depth), words);
+        passing.follow(depth, ones, number);
+    }
+}
+
+static const char *read_words(const Code &code, Reader &reader, int n, uint8_t *symbols, Scratch &scratch) {
+    int words = (n + 63) / 64, stride = scratch.words;
+    uint64_t *planes = scratch.planes.get();
+    Passing passing(code, n, scratch);
+    size_t number = 0;
+    for (int depth = 0; depth < code.depth; depth++) {
+        uint64_t *ones = planes + depth * stride;
+        if (depth < code.shortest)
+            reader.get_first(ones, n);
+        else if (depth == code.shortest)
+            reader.get_at(ones, passing.at(depth), words);
+        else
+            reader.get_at_few(ones, passing.at(depth), words);
+        scratch.ahead.lines(words / 2);
+        if (reader.at > reader.end) return PAST_END;
+        if (!passing.follow(depth, ones, number)) return NO_WORD;
+    }
+    symbols_of(code, planes, words, stride, symbols);
+    return nullptr;
+}
