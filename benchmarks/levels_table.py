@@ -38,7 +38,7 @@ def measure(bucket: int, norm: str, bits: int) -> dict[str, tuple[float, float]]
 
 
 def _expected(levels, u: torch.Tensor, relative: torch.Tensor, bucket: int) -> tuple[float, float]:
-    from hvd_qgenx.coders import huffman_lengths
+    from hvd_qgenx.words import huffman_lengths
 
     table = torch.tensor(levels.values, dtype=torch.float64)
     lower = (torch.searchsorted(table, u, right=True) - 1).clamp(max=levels.num_levels - 1)

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_qgenx.coders import CODERS, MAX_WORD, Codebook, CodeError, codebook, fixed_width, huffman
+from hvd_qgenx.coders import CODERS, Codebook, codebook, fixed_width, huffman
 from hvd_qgenx.levels import MAX_LEVELS, NORMS, Levels
 from hvd_qgenx.quantize import Buckets, Key, Quantized
 from hvd_qgenx.reference import bucket_lengths, crc32c
+from hvd_qgenx.words import MAX_WORD, CodeError
 
 MAGIC = b"QGNX"
 VERSION = 3

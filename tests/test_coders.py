@@ -7,22 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_qgenx.coders import (
-    CODERS,
+from hvd_qgenx.coders import CODERS, codebook, huffman
+from hvd_qgenx.quantize import Buckets
+from hvd_qgenx.runs import rice_parameter
+from hvd_qgenx.words import (
     FEW,
     FEW_WORD,
     MAX_WORD,
     CodeError,
     canonical_words,
-    codebook,
     elias_delta,
     elias_gamma,
     elias_omega,
-    huffman,
     huffman_lengths,
-    rice_parameter,
 )
-from hvd_qgenx.quantize import Buckets
 
 
 def test_elias_code_words_are_those_of_elias_1975():

@@ -8,7 +8,8 @@ import torch
 
 from hvd_qgenx import Codec, Key, Levels
 from hvd_qgenx.adaptation import Statistics, fit
-from hvd_qgenx.coders import CODERS, huffman_lengths
+from hvd_qgenx.coders import CODERS
+from hvd_qgenx.words import huffman_lengths
 
 DRAWS = {
     "normal": lambda n, g: torch.randn(n, generator=g),

@@ -77,7 +77,8 @@ void unpack_nibbles(const uint8_t *bytes, int n, uint8_t *codes) {
     const __m256i low = _mm256_set1_epi16(0x0F), high = _mm256_set1_epi16(0x0F00);
     for (int i = 0; i < n; i += 32) {
         __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes + i / 2)));
-        store(codes + i, _mm256_or_si256(_mm256_and_si256(pairs, low), _mm256_and_si256(_mm256_slli_epi16(pairs, 4), high)));
+        __m256i second = _mm256_and_si256(_mm256_slli_epi16(pairs, 4), high);
+        store(codes + i, _mm256_or_si256(_mm256_and_si256(pairs, low), second));
     }
 }
 
@@ -125,31 +126,61 @@ inline void add_to(float *out, __m256 value, __m256 divisor) {
     _mm256_storeu_ps(out, DIVIDE ? _mm256_div_ps(sum, divisor) : sum);
 }
 
-template <bool ADD, bool FEW, bool DIVIDE>
-void accumulate_as(const uint8_t *symbols, int n, const float *table, float *out, float divisor, Ahead &ahead) {
-    FewValues few(table);
+/* How values are found: of at most 16 by their bytes; of evenly spaced levels, which are symbol / s rounded to float32,
+ * by that division; of all others in a table. */
+enum class Values { FEW, EVEN, MANY };
+
+template <Values VALUES>
+struct Finder {
+    FewValues few;
+    const float *table;
+    __m256 num_levels, norm;
+
+    Finder(const float *values, int s)
+        : few(values), table(values), num_levels(_mm256_set1_ps(float(s))), norm(_mm256_set1_ps(values[s])) {}
+
+    inline void of(const uint8_t *symbols, __m256i *value) const {
+        if (VALUES == Values::FEW) return few.of(symbols, value);
+        for (int k = 0; k < 4; k++, symbols += 8)
+            value[k] = _mm256_castps_si256(VALUES == Values::EVEN ? even(symbols) : gather(table, symbols));
+    }
+
+    inline __m256 even(const uint8_t *symbols) const {
+        __m256i symbol = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(symbols)));
+        return _mm256_mul_ps(_mm256_div_ps(_mm256_cvtepi32_ps(symbol), num_levels), norm);
+    }
+};
+
+template <bool ADD, Values VALUES, bool DIVIDE>
+void accumulate_as(const uint8_t *symbols, int n, const float *table, int num_levels, float *out, float divisor,
+                   Ahead &ahead) {
+    Finder<VALUES> values(table, num_levels);
     __m256 by = _mm256_set1_ps(divisor);
     int i = 0;
     for (; i + 32 <= n; i += 32) {
         ahead.lines(2);
         __m256i value[4];
-        if (FEW) few.of(symbols + i, value);
-        for (int k = 0; k < 4; k++)
-            add_to<ADD, DIVIDE>(out + i + 8 * k,
-                                FEW ? _mm256_castsi256_ps(value[k]) : gather(table, symbols + i + 8 * k), by);
+        values.of(symbols + i, value);
+        for (int k = 0; k < 4; k++) add_to<ADD, DIVIDE>(out + i + 8 * k, _mm256_castsi256_ps(value[k]), by);
     }
     for (; i < n; i++) out[i] = ((ADD ? out[i] : 0.0f) + table[symbols[i]]) / divisor;
 }
 
-void accumulate(const uint8_t *symbols, int n, const float *table, bool few, float *out, bool add, float divisor,
-                Ahead &ahead) {
-    using Run = void (*)(const uint8_t *, int, const float *, float *, float, Ahead &);
-    static const Run runs[2][2][2] = {
-        {{accumulate_as<false, false, false>, accumulate_as<false, false, true>},
-         {accumulate_as<false, true, false>, accumulate_as<false, true, true>}},
-        {{accumulate_as<true, false, false>, accumulate_as<true, false, true>},
-         {accumulate_as<true, true, false>, accumulate_as<true, true, true>}}};
-    runs[add][few][divisor != 1.0f](symbols, n, table, out, divisor, ahead);
+template <Values VALUES>
+void accumulate_by(const uint8_t *symbols, int n, const float *table, int num_levels, float *out, bool add,
+                   float divisor, Ahead &ahead) {
+    using Run = void (*)(const uint8_t *, int, const float *, int, float *, float, Ahead &);
+    static const Run runs[2][2] = {{accumulate_as<false, VALUES, false>, accumulate_as<false, VALUES, true>},
+                                   {accumulate_as<true, VALUES, false>, accumulate_as<true, VALUES, true>}};
+    runs[add][divisor != 1.0f](symbols, n, table, num_levels, out, divisor, ahead);
+}
+
+void accumulate(const Code &code, const uint8_t *symbols, int n, const float *table, float *out, bool add,
+                float divisor, Ahead &ahead) {
+    auto run = code.few       ? accumulate_by<Values::FEW>
+               : code.uniform ? accumulate_by<Values::EVEN>
+                              : accumulate_by<Values::MANY>;
+    run(symbols, n, table, code.num_levels, out, add, divisor, ahead);
 }
 
 #include "avx2_round.h"
@@ -244,7 +275,8 @@ uint32_t crc(uint32_t crc, const uint8_t *data, uint64_t size) {
 
 const Kernels &avx2_kernels() {
     using namespace avx2;
-    static const Kernels kernels{norm, round_bucket, encode_bucket, decode_bucket, histogram_bucket, moments_bucket, crc};
+    static const Kernels kernels{norm,          round_bucket,     encode_bucket,
+                                 decode_bucket, histogram_bucket, moments_bucket, crc};
     return kernels;
 }
 

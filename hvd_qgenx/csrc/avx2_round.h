@@ -109,8 +109,8 @@ template <Kind KIND, int BITS>
 inline void round_32(const Rounding &r, const float *values, __m256i counter, int8_t *symbols) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     __m256i one = random_bits(r, counter), two = random_bits(r, _mm256_add_epi32(counter, _mm256_set1_epi32(8)));
-    __m256i packed = _mm256_packs_epi16(round_16<KIND, BITS>(r, values, one), round_16<KIND, BITS>(r, values + 16, two));
-    store(symbols, _mm256_permutevar8x32_epi32(packed, order));
+    __m256i a = round_16<KIND, BITS>(r, values, one), b = round_16<KIND, BITS>(r, values + 16, two);
+    store(symbols, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order));
 }
 
 template <Kind KIND, int BITS>

@@ -1,13 +1,17 @@
 /* Symbols to the bits of their code words, as masks for each depth, and back. It is included into avx2.cpp. */
 
+/* The bits of `places` change places with those SHIFT above them. */
+template <int SHIFT>
+inline __m256i swap_bits(__m256i x, int64_t places) {
+    __m256i change = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi64(x, SHIFT)), _mm256_set1_epi64x(places));
+    return _mm256_xor_si256(_mm256_xor_si256(x, change), _mm256_slli_epi64(change, SHIFT));
+}
+
 /* In each eight bytes: bit i of byte j becomes bit j of byte i. Source: Warren, Hacker's Delight, 7-3. */
 inline __m256i transpose_bits(__m256i x) {
-    __m256i swap = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi64(x, 7)), _mm256_set1_epi64x(0x00AA00AA00AA00AA));
-    x = _mm256_xor_si256(_mm256_xor_si256(x, swap), _mm256_slli_epi64(swap, 7));
-    swap = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi64(x, 14)), _mm256_set1_epi64x(0x0000CCCC0000CCCC));
-    x = _mm256_xor_si256(_mm256_xor_si256(x, swap), _mm256_slli_epi64(swap, 14));
-    swap = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi64(x, 28)), _mm256_set1_epi64x(0x00000000F0F0F0F0));
-    return _mm256_xor_si256(_mm256_xor_si256(x, swap), _mm256_slli_epi64(swap, 28));
+    x = swap_bits<7>(x, 0x00AA00AA00AA00AA);
+    x = swap_bits<14>(x, 0x0000CCCC0000CCCC);
+    return swap_bits<28>(x, 0x00000000F0F0F0F0);
 }
 
 /* Four rows of four 64-bit numbers become columns. */
@@ -21,8 +25,8 @@ inline void transpose_words(__m256i *row) {
 }
 
 inline __m256i interleave(__m256i x) { /* in both halves, the first eight bytes with the others */
-    return _mm256_shuffle_epi8(x, _mm256_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15, 0, 8, 1, 9, 2,
-                                                   10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+    const __m128i order = _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    return _mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(order));
 }
 
 /* The bits of 64 bytes, the highest first, four masks in each vector. */
@@ -30,8 +34,8 @@ inline void bits_of_bytes(__m256i low, __m256i high, __m256i *first, __m256i *se
     const __m256i even = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
     low = _mm256_permutevar8x32_epi32(transpose_bits(low), even); /* by fours: masks 0 to 3, then 4 to 7 */
     high = _mm256_permutevar8x32_epi32(transpose_bits(high), even);
-    const __m256i by_mask = _mm256_setr_epi8(3, 7, 11, 15, 2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12, 3, 7, 11, 15, 2, 6, 10,
-                                             14, 1, 5, 9, 13, 0, 4, 8, 12);
+    const __m256i by_mask = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(3, 7, 11, 15, 2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12));
     low = _mm256_shuffle_epi8(low, by_mask);
     high = _mm256_shuffle_epi8(high, by_mask);
     __m256i a = _mm256_unpacklo_epi32(low, high), b = _mm256_unpackhi_epi32(low, high);
@@ -49,8 +53,44 @@ inline void bytes_of_bits(__m256i first, __m256i second, __m256i *low, __m256i *
     *high = transpose_bits(_mm256_permutevar8x32_epi32(_mm256_unpackhi_epi16(a, b), order));
 }
 
+/* So few bits are faster one by one. */
+constexpr int FEW_BITS = 4;
+
+inline void put_few_planes(const __m256i *bytes, int count, int stride, uint64_t *planes) {
+    for (int w = 0; w < 4; w++) {
+        __m256i low = bytes[2 * w], high = bytes[2 * w + 1];
+        for (int bit = 0; bit < count; bit++) {
+            planes[bit * stride + w] = top_bits(low, high);
+            low = _mm256_add_epi8(low, low);
+            high = _mm256_add_epi8(high, high);
+        }
+    }
+}
+
+/* Bytes of all ones where the mask of 32 elements has a one. */
+inline __m256i spread_mask(const void *mask) {
+    const __m256i source = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3,
+                                            3, 3, 3, 3, 3, 3, 3);
+    const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201ull));
+    uint32_t word;
+    memcpy(&word, mask, 4);
+    __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(int(word)), source);
+    return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+}
+
+inline void get_few_planes(const uint64_t *planes, int count, int stride, __m256i *bytes) {
+    for (int half = 0; half < 8; half++) bytes[half] = _mm256_setzero_si256();
+    for (int bit = 0; bit < count; bit++) {
+        const uint8_t *mask = reinterpret_cast<const uint8_t *>(planes + bit * stride);
+        __m256i one = _mm256_set1_epi8(char(128 >> bit));
+        for (int half = 0; half < 8; half++)
+            bytes[half] = _mm256_or_si256(bytes[half], _mm256_and_si256(spread_mask(mask + 4 * half), one));
+    }
+}
+
 /* The bits of bytes as masks, the highest first, of which `count` are wanted; 256 bytes at a time. */
 inline void put_planes(const __m256i *bytes, int count, int stride, uint64_t *planes) {
+    if (count <= FEW_BITS) return put_few_planes(bytes, count, stride, planes);
     __m256i mask[8];
     for (int w = 0; w < 4; w++) bits_of_bytes(bytes[2 * w], bytes[2 * w + 1], mask + w, mask + 4 + w);
     transpose_words(mask);
@@ -59,6 +99,7 @@ inline void put_planes(const __m256i *bytes, int count, int stride, uint64_t *pl
 }
 
 inline void get_planes(const uint64_t *planes, int count, int stride, __m256i *bytes) {
+    if (count <= FEW_BITS) return get_few_planes(planes, count, stride, bytes);
     __m256i mask[8];
     for (int bit = 0; bit < 8; bit++) mask[bit] = bit < count ? load(planes + bit * stride) : _mm256_setzero_si256();
     transpose_words(mask);
@@ -131,17 +172,6 @@ void symbols_of(const Code &code, const uint64_t *planes, int words, int stride,
         int drop = 16 - code.depth;
         for (int i = 0; i < 256; i++) symbols[i] = uint8_t(code.symbols[(unsigned(high[i]) << 8 | low[i]) >> drop]);
     }
-}
-
-/* Bytes of all ones where the mask of 32 elements has a one. */
-inline __m256i spread_mask(const void *mask) {
-    const __m256i source = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3,
-                                            3, 3, 3, 3, 3, 3, 3);
-    const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201ull));
-    uint32_t word;
-    memcpy(&word, mask, 4);
-    __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(int(word)), source);
-    return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
 }
 
 /* -1 where a mask has a one, else 1. */

@@ -1,4 +1,5 @@
-/* Bits one after another, lowest first. It is included into a path's namespace, which must have: pext, pdep, popcount. */
+/* Bits one after another, lowest first. It is included into a path's namespace, which must have: pext, pdep, popcount.
+ */
 
 /* Appends bits. Writes up to 8 bytes past what it has been given. */
 struct Writer {

@@ -89,7 +89,7 @@ static const char *decode_bucket(const Code &code, const uint8_t *bytes, int siz
         if (!wrong && reader.end != reader.at && copy[size - 1] >> (8 - (reader.end - reader.at))) return BEHIND;
     }
     if (wrong || code.runs != Runs::NONE) return wrong;
-    accumulate(symbols, n, table, code.few, out, add, divisor, scratch.ahead);
+    accumulate(code, symbols, n, table, out, add, divisor, scratch.ahead);
     return nullptr;
 }
 
@@ -122,7 +122,7 @@ static const float *normalised(const float *values, int n, float norm, Scratch &
 static void histogram_bucket(const float *values, int n, float norm, int64_t *bins, Scratch &scratch) {
     constexpr int FIRST_BIN = (127 - 16) << 5;
     const float *magnitudes = normalised(values, n, norm, scratch);
-    uint32_t counts[2][QGENX_NUM_BINS] = {}; /* neighbours often meet in one bin: two counters do not wait for each other */
+    uint32_t counts[2][QGENX_NUM_BINS] = {}; /* neighbours often meet in one bin: two do not wait for each other */
     for (int i = 0; i < n; i++) {
         uint32_t bits;
         memcpy(&bits, magnitudes + i, 4);

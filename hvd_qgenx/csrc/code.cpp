@@ -87,12 +87,12 @@ struct Range {
     const Word *first, *last;
     int depth;
 
-    bool is_leaf() const { return last - first == 1 && first->length == depth; }
+    /* The bits that each of these words goes on for, if they are equally many and no word is missing; else -1. */
     int height() const {
         int length = first->length;
         for (const Word *word = first; word < last; word++)
-            if (word->length != length) return 0;
-        return last - first == 1 << (length - depth) ? length - depth : 0;
+            if (word->length != length) return -1;
+        return last - first == 1 << (length - depth) ? length - depth : -1;
     }
     Range child(int bit) const {
         const Word *middle = first;
@@ -107,15 +107,18 @@ void grow(Code &code, std::vector<Word> &words) {
     std::vector<Range> ranges(1, Range{words.data(), words.data() + words.size(), 0});
     for (size_t number = 0; number < ranges.size(); number++) {
         Range range = ranges[number];
-        Node node{range.depth, range.height(), {Node::NONE, Node::NONE}};
-        for (int bit = 0; bit < 2 && !node.height; bit++) {
+        int height = range.height();
+        Node node{range.depth, height < 0, {Node::NONE, Node::NONE}};
+        for (int bit = 0; bit < 2 && node.branches; bit++) {
             Range child = range.child(bit);
             if (child.first == child.last) continue;
-            node.child[bit] = child.is_leaf() ? Node::LEAF - uint8_t(child.first->symbol) : int(ranges.size());
-            if (!child.is_leaf()) ranges.push_back(child);
+            int end = child.depth + child.height();
+            bool needed = child.height() < 0 || (child.height() > 0 && end > code.shortest);
+            node.child[bit] = needed ? int(ranges.size()) : Node::ENDS;
+            if (needed) ranges.push_back(child);
         }
         code.nodes.push_back(node);
-        for (int depth = node.depth; depth < node.depth + (node.height ? node.height : 1); depth++)
+        for (int depth = node.depth; depth < node.depth + (node.branches ? 1 : height); depth++)
             if (depth >= code.shortest) code.covers[depth].push_back(int(number));
     }
 }

@@ -9,11 +9,13 @@
 
 namespace qgenx {
 
-/* An inner node of the code's tree. A child is an inner node (its number), a leaf (LEAF - symbol's low byte) or NONE.
- * Where all words below a node are equally long and none is missing, as `height` says, children are not listed. */
+/* An inner node of the code's tree, which is followed to find out which words have a bit at each depth. A child is an
+ * inner node (its number), or NONE where no word goes on, or ENDS where no more has to be known. A node does not branch
+ * if all words below it are equally long and none is missing. */
 struct Node {
-    static constexpr int NONE = -1, LEAF = -2;
-    int depth, height;
+    static constexpr int NONE = -1, ENDS = -2;
+    int depth;
+    bool branches;
     int child[2];
 };
 
@@ -28,8 +30,8 @@ struct Code {
     bool few = true;         /* at most 16 symbols: their lowest four bits name them */
     int depth = 0;           /* bits of the longest word */
     int shortest = 0;        /* and of the shortest */
-    std::vector<Node> nodes; /* breadth first, the complete ones without what is below them */
-    std::vector<int> covers[16]; /* of each depth from the shortest word's on: the nodes that have words with such a bit */
+    std::vector<Node> nodes; /* breadth first */
+    std::vector<int> covers[16]; /* of each depth from the shortest word's on: nodes below which words have that bit */
     uint16_t words[256] = {};    /* of each symbol's low byte, first bit highest */
     uint8_t few_words[2][16] = {}; /* the first and second byte of words by the symbols' lowest four bits, if few */
     std::vector<int8_t> symbols;   /* for reading: of each word's first `depth` bits, zeros behind shorter ones */

@@ -59,7 +59,8 @@ int parse_codebook(const uint8_t *data, Cursor &cursor, Parsed &parsed, Failure 
     book.num_levels = data[9];
     book.hash = load<uint64_t>(data + 64);
     parsed.has_book = is_inline(data);
-    parsed.code.width = book.coder == QGENX_FIXED ? fixed_width(int(book.num_levels)) : 0;
+    parsed.code = &parsed.own;
+    parsed.width = book.coder == QGENX_FIXED ? uint64_t(fixed_width(int(book.num_levels))) : 0;
     if (!parsed.has_book) return QGENX_OK;
     const uint8_t *levels = cursor.take("levels", book.num_levels, 4, failure);
     if (!levels) return failure.status;
@@ -67,7 +68,7 @@ int parse_codebook(const uint8_t *data, Cursor &cursor, Parsed &parsed, Failure 
     const uint8_t *lengths = cursor.take("code lengths", 2 * book.num_levels + 1, 1, failure);
     if (!lengths) return failure.status;
     memcpy(book.lengths, lengths, 2 * size_t(book.num_levels) + 1);
-    const char *wrong = prepare(book, parsed.code, true);
+    const char *wrong = prepare(book, parsed.own, true);
     REFUSE(wrong, "codebook: %s", wrong);
     return QGENX_OK;
 }

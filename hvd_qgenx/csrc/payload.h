@@ -115,12 +115,14 @@ struct Parsed {
     Layout layout;
     qgenx_codebook book;
     bool has_book;
-    Code code; /* prepared from the payload's own codebook, or by decode_mean from the caller's */
+    Code own;             /* prepared from the payload's codebook, if it has one */
+    const Code *code;     /* that, or what decode_mean has from its caller */
+    uint64_t width;       /* of the fixed code, else 0 */
     const uint8_t *raw, *norms, *lengths, *coded; /* lengths is NULL for the fixed code */
     uint64_t coded_size;
 
     uint64_t bytes_of(uint64_t bucket, int numel) const {
-        return lengths ? load<uint16_t>(lengths + 2 * bucket) : (uint64_t(numel) * uint64_t(code.width) + 7) / 8;
+        return lengths ? load<uint16_t>(lengths + 2 * bucket) : (uint64_t(numel) * width + 7) / 8;
     }
 };
 

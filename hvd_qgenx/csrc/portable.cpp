@@ -93,7 +93,8 @@ void unpack_nibbles(const uint8_t *bytes, int n, uint8_t *codes) {
     for (int i = 0; i < n; i++) codes[i] = uint8_t(bytes[i / 2] >> (i & 1 ? 4 : 0) & 15);
 }
 
-void accumulate(const uint8_t *symbols, int n, const float *table, bool, float *out, bool add, float divisor, Ahead &) {
+void accumulate(const Code &, const uint8_t *symbols, int n, const float *table, float *out, bool add, float divisor,
+                Ahead &) {
     for (int i = 0; i < n; i++) out[i] = ((add ? out[i] : 0.0f) + table[symbols[i]]) / divisor;
 }
 
@@ -205,7 +206,8 @@ uint32_t crc(uint32_t crc, const uint8_t *data, uint64_t size) {
 
 const Kernels &portable_kernels() {
     using namespace portable;
-    static const Kernels kernels{norm, round_bucket, encode_bucket, decode_bucket, histogram_bucket, moments_bucket, crc};
+    static const Kernels kernels{norm,          round_bucket,     encode_bucket,
+                                 decode_bucket, histogram_bucket, moments_bucket, crc};
     return kernels;
 }
 

@@ -264,7 +264,7 @@ int quantize(const qgenx_codebook &book, const qgenx_job &job, const float *vect
     return QGENX_OK;
 }
 
-/* ---- decoding ------------------------------------------------------------------------------------------------------ */
+/* ---- decoding ---------------------------------------------------------------------------------------------------- */
 
 const char *const CODERS[] = {"fixed", "elias_gamma", "elias_delta", "elias_omega", "huffman", "elias_runs"};
 
@@ -276,7 +276,7 @@ int adopt(const qgenx_codebook &book, const Code &code, Parsed &parsed, Failure 
         return failure.set(QGENX_BAD_PAYLOAD, "codebook is %s %u %016llx, the decoder's is %s %u %016llx",
                            CODERS[theirs.coder], theirs.num_levels, (unsigned long long)theirs.hash,
                            CODERS[book.coder], book.num_levels, (unsigned long long)book.hash);
-    parsed.code = code;
+    parsed.code = &code;
     return QGENX_OK;
 }
 
@@ -294,11 +294,11 @@ struct Stream {
                        Scratch &scratch) {
         int n = walk.numel();
         uint64_t size = payload.bytes_of(walk.bucket, n);
-        if (size > most_bytes(payload.code, uint64_t(n))) return "a bucket longer than its code words can be";
+        if (size > most_bytes(*payload.code, uint64_t(n))) return "a bucket longer than its code words can be";
         const uint8_t *bytes = at;
         at += size;
         float norm = load<float>(payload.norms + 4 * walk.bucket);
-        return kernels.decode(payload.code, bytes, int(size), n, norm, out + walk.position(), add, divisor,
+        return kernels.decode(*payload.code, bytes, int(size), n, norm, out + walk.position(), add, divisor,
                               scratch);
     }
 };
@@ -326,7 +326,7 @@ const char *decode_part(const std::vector<Parsed> &payloads, uint64_t first, uin
     size_t nodes = 0;
     for (const Parsed &payload : payloads) {
         streams.emplace_back(payload, first);
-        nodes = std::max(nodes, payload.code.nodes.size());
+        nodes = std::max(nodes, payload.code->nodes.size());
     }
     Scratch scratch(int(payloads[0].layout.bucket_size), int(nodes));
     for (Walk walk(payloads[0].layout, first); walk.bucket < end; walk.next()) {
@@ -370,14 +370,14 @@ int decode_mean(const qgenx_codebook &book, const uint8_t *const *payloads, cons
     }
     if (alike) return decode_alike(parsed, kernels, out, false, count, threads, failure);
     for (uint32_t i = 0; i < count; i++) {
-        std::vector<Parsed> one(1, parsed[i]);
+        std::vector<Parsed> one(1, parsed[i]); /* whose code is still that of parsed[i] */
         if (decode_alike(one, kernels, out, i > 0, 1, threads, failure)) return failure.status;
     }
     divide(out, numel, count);
     return QGENX_OK;
 }
 
-/* ---- statistics ---------------------------------------------------------------------------------------------------- */
+/* ---- statistics -------------------------------------------------------------------------------------------------- */
 
 /* What is counted of every bucket, and into what. */
 struct Counting {

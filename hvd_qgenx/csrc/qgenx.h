@@ -13,9 +13,9 @@
  * compared with the bytes that are there. No function keeps anything between calls; all can be called at once from
  * several threads. Each uses up to `threads` threads of its own for the time of the call.
  *
- * Memory: encode and decode_mean need for each thread a scratch of at most 1.1 MB, decode_mean 80 kB more for each
- * payload with a codebook of its own and 2 kB for each other, statistics 4 bytes for each bucket; none a temporary of the vector's size. tests/fuzz holds
- * the first two to it.
+ * Memory: encode and decode_mean need for each thread a scratch of at most 1.1 MB, decode_mean 80 kB more for the
+ * caller's codebook and for each payload with one of its own, 6 kB for each other payload; statistics 4 bytes for each
+ * bucket; none a temporary of the vector's size. tests/fuzz holds the first two to it.
  */
 #ifndef QGENX_H
 #define QGENX_H
@@ -46,8 +46,8 @@ typedef enum {
 } qgenx_coder;
 typedef enum { QGENX_PORTABLE = 0, QGENX_AVX2 = 1 } qgenx_path;
 
-/* Levels and the code of the symbols -s ... s. A Huffman length of 0 for symbol 0 says that zeros are coded as runs, and
- * lengths of 1 for both -1 and 1, where there are further symbols, that ones are too. */
+/* Levels and the code of the symbols -s ... s. A Huffman length of 0 for symbol 0 says that zeros are coded as runs,
+ * and lengths of 1 for both -1 and 1, where there are further symbols, that ones are too. */
 typedef struct {
     uint32_t coder;
     uint32_t num_levels;                       /* s, 1 to 127 */
@@ -95,8 +95,8 @@ QGENX_API int qgenx_decode_mean(const qgenx_codebook *book, const uint8_t *const
                                 char *message);
 
 /* Of the coded segments' normalised coordinates r, signs included: histograms of |r|, QGENX_NUM_BINS integers each, or
- * the sums of 1, r and r^2. `weighted` weighs each by its bucket's squared norm in units of 2**exponent, `plain` by one,
- * or by 2^16 for the sums. `minimum` is the exponent of nothing. */
+ * the sums of 1, r and r^2. `weighted` weighs each by its bucket's squared norm in units of 2**exponent, `plain` by
+ * one, or by 2^16 for the sums. `minimum` is the exponent of nothing. */
 typedef enum { QGENX_HISTOGRAM = 0, QGENX_MOMENTS = 1 } qgenx_form;
 QGENX_API int qgenx_statistics(const qgenx_job *job, const float *vector, qgenx_form form, int32_t *exponent,
                                int32_t minimum, int64_t *weighted, int64_t *plain, int threads, qgenx_path path,

@@ -17,7 +17,8 @@ static inline void put_last_rice(Writer &writer, uint32_t left, int k) {
     writer.put(0, zeros);
 }
 
-/* The smallest k for which 2^(k+1) times the runs are no fewer than what is in them: close to the best for random places. */
+/* The smallest k for which 2^(k+1) times the runs are no fewer than what is in them: close to the best for random
+ * places. */
 static int rice_parameter(int inside, int runs) {
     int k = 0;
     while ((int64_t(runs) << (k + 1)) < inside) k++;
@@ -29,7 +30,8 @@ static inline void put_omega(Writer &writer, uint32_t gap, const OmegaTables &om
     writer.put(word.bits, word.length);
 }
 
-static void write_gaps(Runs kind, const uint16_t *positions, int count, int n, Writer &writer) {
+static void write_gaps(Runs kind, const uint16_t *positions, int count, int n, Writer &to) {
+    Writer writer = to; /* whose members no store can be thought to change */
     int k = rice_parameter(n - count, count + 1), next = 0;
     bool rice = kind == Runs::RICE;
     const OmegaTables &omega = omega_tables();
@@ -39,8 +41,8 @@ static void write_gaps(Runs kind, const uint16_t *positions, int count, int n, W
         rice ? put_rice(writer, gap, k) : put_omega(writer, gap, omega);
         next = positions[i] + 1;
     }
-    if (next == n) return;
-    rice ? put_last_rice(writer, uint32_t(n - next), k) : put_omega(writer, uint32_t(n - next), omega);
+    if (next < n) rice ? put_last_rice(writer, uint32_t(n - next), k) : put_omega(writer, uint32_t(n - next), omega);
+    to = writer;
 }
 
 /* The symbols of a magnitude above `least`, close together in `dense`, and where they were; their number comes back.
@@ -123,25 +125,45 @@ static inline uint32_t get_omega(Reader &reader, const OmegaTables &omega) {
     return value - 1;
 }
 
+/* Those runs before `n` that lie in the next 64 bits as a whole; the last one, and what is wrong, is left to others. */
+static void get_whole_gaps(Reader &reader, int k, uint32_t n, uint32_t &next, uint16_t *positions, int &count) {
+    uint64_t window = reader.peek(reader.at);
+    unsigned used = 0;
+    while (window) {
+        unsigned zeros = unsigned(lowest(window)), bits = zeros + 1 + unsigned(k);
+        uint32_t gap = (zeros << k) + (uint32_t(window >> zeros >> 1) & ((1u << k) - 1));
+        if (used + bits > 64 || gap >= n - next) break;
+        positions[count++] = uint16_t(next + gap);
+        next += gap + 1;
+        window = window >> zeros >> 1 >> k;
+        used += bits;
+    }
+    reader.at += used;
+}
+
 /* Fills the positions of the elements that end runs and sets their number. */
-static const char *read_gaps(Runs kind, Reader &reader, int n, uint16_t *positions, int &count, Ahead &ahead) {
+static const char *read_gaps(Runs kind, Reader &reader, int numel, uint16_t *positions, int &count, Ahead &ahead) {
     bool rice = kind == Runs::RICE;
     const OmegaTables &omega = omega_tables();
     int k = rice ? int(reader.get(4)) : 0;
+    uint32_t n = uint32_t(numel), next = 0;
     count = 0;
-    for (uint32_t next = 0; next < uint32_t(n);) {
-        uint32_t left = uint32_t(n) - next, gap = rice ? get_rice(reader, k, left) : get_omega(reader, omega);
+    while (next < n) {
+        if (rice) get_whole_gaps(reader, k, n, next, positions, count);
+        uint32_t left = n - next, gap = left;
+        if (left) gap = rice ? get_rice(reader, k, left) : get_omega(reader, omega);
         ahead.lines(2);
         if (reader.at > reader.end || gap > left) return PAST_END;
         next += gap;
-        if (next < uint32_t(n)) positions[count++] = uint16_t(next);
+        if (next < n) positions[count++] = uint16_t(next);
         next++;
     }
-    return rice && k != rice_parameter(n - count, count + 1) ? "a Rice parameter that no encoder writes" : nullptr;
+    return rice && k != rice_parameter(numel - count, count + 1) ? "a Rice parameter that no encoder writes" : nullptr;
 }
 
 /* The way back from write_ones: `symbols` of the ones, and where the `rest` others are. */
-static const char *read_ones(Reader &reader, int count, uint8_t *symbols, uint16_t *others, int &rest, Scratch &scratch) {
+static const char *read_ones(Reader &reader, int count, uint8_t *symbols, uint16_t *others, int &rest,
+                             Scratch &scratch) {
     int words = (count + 63) / 64;
     uint64_t *ones = scratch.planes.get(), *signs = ones + scratch.words;
     if (const char *wrong = read_gaps(Runs::RICE, reader, count, others, rest, scratch.ahead)) return wrong;

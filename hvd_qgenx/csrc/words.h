@@ -1,5 +1,5 @@
-/* Code words of a bucket's symbols, depth by depth: the first bits of all words, the second bits of those that have one,
- * and so on. It is included into a path's namespace, which must also have: word_planes, symbols_of.
+/* Code words of a bucket's symbols, depth by depth: the first bits of all words, the second bits of those that have
+ * one, and so on. It is included into a path's namespace, which must also have: word_planes, symbols_of.
  */
 
 static const char *const PAST_END = "a bucket whose code words pass its end";
@@ -56,10 +56,9 @@ struct Passing {
         for (; number < code.nodes.size() && code.nodes[number].depth == depth; number++) {
             const Node &node = code.nodes[number];
             const uint64_t *pass = masks + number * stride;
-            if (node.height) continue;
-            for (int bit = 0; bit < 2; bit++) {
+            for (int bit = 0; bit < 2 && node.branches; bit++) {
                 int child = node.child[bit];
-                if (child < Node::NONE) continue;
+                if (child == Node::ENDS) continue;
                 uint64_t *to = child >= 0 ? masks + child * stride : leaf;
                 bit ? and_masks(to, pass, ones, blocks) : and_not_masks(to, pass, ones, blocks);
                 if (child == Node::NONE && any_of(leaf)) return false;
