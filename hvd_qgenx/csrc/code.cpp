@@ -123,6 +123,7 @@ void grow(Code &code, std::vector<Word> &words) {
     }
 }
 
+/* The symbols of words, found by their bits. */
 void prepare_reading(Code &code, const std::vector<Word> &words) {
     code.symbols.assign(size_t(1) << code.depth, 0);
     for (const Word &word : words) code.symbols[word.bits >> (16 - code.depth)] = int8_t(word.symbol);
@@ -180,11 +181,11 @@ void prepare_search(Code &code) {
 
 /* Which symbols have words, by the lengths, or why these are none; zeros and ones may be runs. */
 const char *list_symbols(const uint8_t *lengths, Code &code, std::vector<Word> &words) {
-    int s = code.num_levels, least = 0;
+    int s = code.num_levels;
     if (code.coder == QGENX_ELIAS_RUNS) code.runs = Runs::OMEGA;
     if (code.coder == QGENX_HUFFMAN && lengths[0] == 0) code.runs = Runs::RICE;
     code.ones = code.runs == Runs::RICE && s > 1 && lengths[-1] == 1 && lengths[1] == 1;
-    least = code.ones ? 2 : code.runs != Runs::NONE ? 1 : 0;
+    int least = code.ones ? 2 : code.runs != Runs::NONE ? 1 : 0;
     for (int symbol = -s; symbol <= s; symbol++) {
         if (-least < symbol && symbol < least) continue;
         if (code.coder == QGENX_HUFFMAN && (lengths[symbol] < 1 || lengths[symbol] > 15))

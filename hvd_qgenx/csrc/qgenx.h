@@ -13,7 +13,7 @@
  * compared with the bytes that are there. No function keeps anything between calls; all can be called at once from
  * several threads. Each uses up to `threads` threads of its own for the time of the call.
  *
- * Memory: encode and decode_mean need for each thread a scratch of at most 1.1 MB, decode_mean 80 kB more for the
+ * Memory: encode and decode_mean need for each thread a scratch of at most 1.1 MB, decode_mean 100 kB more for the
  * caller's codebook and for each payload with one of its own, 6 kB for each other payload; statistics 4 bytes for each
  * bucket; none a temporary of the vector's size. tests/fuzz holds the first two to it.
  */

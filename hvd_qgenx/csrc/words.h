@@ -33,11 +33,11 @@ inline void or_masks(uint64_t *to, const uint64_t *a, int blocks) {
 struct Passing {
     const Code &code;
     int blocks, stride;
-    uint64_t *masks, *any, *leaf; /* of the nodes; of a depth with several; of a branch without words */
+    uint64_t *masks, *any, *lost; /* of the nodes; of a depth with several; of a branch without words */
 
     Passing(const Code &of, int n, Scratch &scratch)
         : code(of), blocks(blocks_of(n)), stride(scratch.words), masks(scratch.passing.get()),
-          any(scratch.planes.get() + 16 * stride), leaf(any + stride) {
+          any(scratch.planes.get() + 16 * stride), lost(any + stride) {
         for (int w = 0; w < BLOCK * blocks; w++) masks[w] = valid_mask(n, w);
     }
 
@@ -59,9 +59,9 @@ struct Passing {
             for (int bit = 0; bit < 2 && node.branches; bit++) {
                 int child = node.child[bit];
                 if (child == Node::ENDS) continue;
-                uint64_t *to = child >= 0 ? masks + child * stride : leaf;
+                uint64_t *to = child >= 0 ? masks + child * stride : lost;
                 bit ? and_masks(to, pass, ones, blocks) : and_not_masks(to, pass, ones, blocks);
-                if (child == Node::NONE && any_of(leaf)) return false;
+                if (child == Node::NONE && any_of(lost)) return false;
             }
         }
         return true;

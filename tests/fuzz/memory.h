@@ -28,7 +28,7 @@ struct Watch {
 
 /* What qgenx.h promises: a scratch for each thread, and a little for each payload and the caller's codebook. */
 inline void check(int64_t payloads, int64_t threads) {
-    int64_t bound = threads * 1100000 + (payloads + 1) * 80000;
+    int64_t bound = threads * 1100000 + (payloads + 1) * 100000;
     if (most <= bound) return;
     fprintf(stderr, "the core held %lld bytes, more than %lld\n", (long long)most, (long long)bound);
     abort();
