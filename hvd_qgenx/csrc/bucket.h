@@ -119,29 +119,40 @@ static const float *normalised(const float *values, int n, float norm, Scratch &
     return scratch.scaled.get();
 }
 
-static void histogram_bucket(const float *values, int n, float norm, int64_t *bins, Scratch &scratch) {
+/* The bin of a magnitude, by its float32 bits: 32 to the octave from 2^-16 on, and one for all that is smaller. */
+inline uint16_t bin_of(float magnitude) {
     constexpr int FIRST_BIN = (127 - 16) << 5;
-    const float *magnitudes = normalised(values, n, norm, scratch);
-    uint32_t counts[2][QGENX_NUM_BINS] = {}; /* neighbours often meet in one bin: two do not wait for each other */
-    for (int i = 0; i < n; i++) {
-        uint32_t bits;
-        memcpy(&bits, magnitudes + i, 4);
-        int bin = int(bits >> 18) - FIRST_BIN + 1;
-        bin = bin < 0 ? 0 : bin > QGENX_NUM_BINS - 1 ? QGENX_NUM_BINS - 1 : bin;
-        counts[i & 1][bin]++;
-    }
-    for (int bin = 0; bin < QGENX_NUM_BINS; bin++) bins[bin] = int64_t(counts[0][bin]) + counts[1][bin];
+    int32_t bits;
+    memcpy(&bits, &magnitude, 4);
+    int32_t bin = (bits >> 18) - FIRST_BIN + 1;
+    return uint16_t(bin < 0 ? 0 : bin > QGENX_NUM_BINS - 1 ? QGENX_NUM_BINS - 1 : bin);
 }
 
-static void moments_bucket(const float *values, int n, float norm, int64_t *sums, Scratch &scratch) {
+static void histogram_bucket(const float *values, int n, float norm, uint32_t weight, int64_t *weighted, int64_t *plain,
+                             Scratch &scratch) {
     const float *magnitudes = normalised(values, n, norm, scratch);
-    int64_t first = 0, second = 0;
-    for (int i = 0; i < n; i++) {
-        int64_t r = lrintf(magnitudes[i] * 65536.0f);
-        first += values[i] < 0.0f ? -r : r;
-        second += r * r >> 16;
+    uint16_t counts[4][QGENX_NUM_BINS] = {}; /* neighbours often meet in one bin: four counters do not wait */
+    uint16_t *bins = scratch.positions.get();
+    for (int i = 0; i < n; i++) bins[i] = bin_of(magnitudes[i]);
+    for (int i = 0; i < n; i++) counts[i & 3][bins[i]]++;
+    for (int bin = 0; bin < QGENX_NUM_BINS; bin++) {
+        uint32_t count = uint32_t(counts[0][bin]) + counts[1][bin] + counts[2][bin] + counts[3][bin];
+        weighted[bin] += int64_t(uint64_t(weight) * count);
+        plain[bin] += count;
     }
-    sums[0] = int64_t(n) << 16;
-    sums[1] = first;
-    sums[2] = second;
+}
+
+static void moments_bucket(const float *values, int n, float norm, uint32_t weight, int64_t *weighted, int64_t *plain,
+                           Scratch &scratch) {
+    const float *magnitudes = normalised(values, n, norm, scratch);
+    int64_t sums[3] = {int64_t(n) << 16, 0, 0};
+    for (int i = 0; i < n; i++) {
+        int32_t r = int32_t(rintf(magnitudes[i] * 65536.0f)); /* at most 2^16, whose square has 33 bits */
+        sums[1] += values[i] < 0.0f ? -r : r;
+        sums[2] += int64_t(r) * r >> 16;
+    }
+    for (int power = 0; power < 3; power++) {
+        weighted[power] += int64_t(weight) * sums[power] >> 16;
+        plain[power] += sums[power];
+    }
 }

@@ -63,10 +63,12 @@ struct Kernels {
     /* Adds a bucket to `out`, or to zeros, and divides; returns NULL, or why these bytes are no code. */
     const char *(*decode)(const Code &code, const uint8_t *bytes, int size, int n, float norm, float *out, bool add,
                           float divisor, Scratch &scratch);
-    /* Counts a bucket's normalised magnitudes in QGENX_NUM_BINS bins. */
-    void (*histogram)(const float *values, int n, float norm, int64_t *bins, Scratch &scratch);
-    /* The sums of 1, r and r^2 over a bucket, in units of 2^-16. */
-    void (*moments)(const float *values, int n, float norm, int64_t *sums, Scratch &scratch);
+    /* Adds a bucket's normalised magnitudes to QGENX_NUM_BINS bins of both histograms, `weight` each to one of them. */
+    void (*histogram)(const float *values, int n, float norm, uint32_t weight, int64_t *weighted, int64_t *plain,
+                      Scratch &scratch);
+    /* The sums of 1, r and r^2 over a bucket, in units of 2^-16, and these times `weight` in units of one. */
+    void (*moments)(const float *values, int n, float norm, uint32_t weight, int64_t *weighted, int64_t *plain,
+                    Scratch &scratch);
     /* CRC-32C of `size` bytes, going on from that of those before. */
     uint32_t (*crc)(uint32_t crc, const uint8_t *data, uint64_t size);
 };

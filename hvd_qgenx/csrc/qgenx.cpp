@@ -395,13 +395,8 @@ struct Counting {
         for (Walk walk(layout, first); walk.bucket < end; walk.next()) {
             float norm = norms[walk.bucket];
             if (!(norm > 0.0f) || !std::isfinite(norm)) continue;
-            int64_t counts[QGENX_NUM_BINS];
-            count(vector + walk.position(), walk.numel(), norm, counts, scratch);
-            int64_t weight = int64_t(std::ldexp(double(norm) * double(norm), -exponent));
-            for (int i = 0; i < size(); i++) {
-                weighted[i] += weight * counts[i] >> (form == QGENX_HISTOGRAM ? 0 : 16);
-                plain[i] += counts[i];
-            }
+            uint32_t weight = uint32_t(std::ldexp(double(norm) * double(norm), -exponent));
+            count(vector + walk.position(), walk.numel(), norm, weight, weighted, plain, scratch);
         }
     }
 };
