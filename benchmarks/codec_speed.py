@@ -547,7 +547,7 @@ if __name__ == "__main__":
     parser.add_argument("--table", action="store_true", help="print the table of the rows in --results and end")
     parser.add_argument("--numel", type=int, default=2**24, help="coordinates of a Gaussian gradient")
     parser.add_argument("--gradient", help="a tensor saved by torch.save, to be taken instead")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV and the plot")
     parser.add_argument("--memory", choices=["encode", "decode_mean"], help="print the peak memory of a call and end")
     parser.add_argument("--out", action="store_true", help="with --memory: out= is given")
