@@ -30,7 +30,7 @@ def test_codec_speed_writes_every_row(codec_speed, tmp_path):
     absent = {row for row, module in codec_speed.NEEDS.items() if importlib.util.find_spec(module) is None}
     wanted = {(row, figure) for row in codec_speed.CODECS for figure in FIGURES} | {("memcpy", "two")}
     wanted |= {(row, figure) for row in codec_speed.OTHERS.keys() - {"two_calls"} for figure in ("encode", "decode")}
-    wanted |= {("two_calls", "encode_two"), ("two_calls", "decode_two")}
+    wanted |= {("two_calls", "encode_two"), ("two_calls", "decode_two"), ("core", "slowness")}
     wanted |= {(row, figure) for row in codec_speed.PEERS.keys() - absent for figure in ("bits", "encode", "decode")}
     assert wanted <= set(rows)
     assert all(rows[goal]["meets_must"] in ("yes", "no") for goal in codec_speed.GOALS)

@@ -149,10 +149,11 @@ static const char *read_gaps(Runs kind, Reader &reader, int numel, uint16_t *pos
     uint32_t n = uint32_t(numel), next = 0;
     count = 0;
     while (next < n) {
+        int before = count;
         if (rice) get_whole_gaps(reader, k, n, next, positions, count);
         uint32_t left = n - next, gap = left;
         if (left) gap = rice ? get_rice(reader, k, left) : get_omega(reader, omega);
-        ahead.lines(2);
+        ahead.lines(2 + 2 * (count - before));
         if (reader.at > reader.end || gap > left) return PAST_END;
         next += gap;
         if (next < n) positions[count++] = uint16_t(next);
@@ -197,6 +198,7 @@ static const char *read_runs(const Code &code, Reader &reader, int n, const floa
     uint8_t *symbols = scratch.indices.get();
     int count;
     if (const char *wrong = read_nonzeros(code, reader, n, positions, count, symbols, scratch)) return wrong;
+    scratch.ahead.lines(n / 16); /* the rest of them */
     bool all = table[0] != table[0]; /* a NaN norm: zeros are NaN too */
     if (!add) memset(out, 0, size_t(n) * sizeof(float));
     if (all)
