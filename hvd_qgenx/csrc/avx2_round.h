@@ -1,6 +1,7 @@
 /* Stochastic rounding of 32 elements at a time. It is included into avx2.cpp. */
 
-enum class Kind { UNIFORM, FEW, SOME, MANY };
+/* Evenly spaced levels; at most seven short ones; at most 8, at most 15, more of any kind. */
+enum class Kind { UNIFORM, FEW, EIGHT, SOME, MANY };
 
 /* What rounding needs of a bucket, in vectors. The product with 2^b = `unit` is exact, so that tables may hold it. */
 struct Rounding {
@@ -25,7 +26,7 @@ template <Kind KIND>
 inline __m256 pick(const __m256 *tables, const float *all, __m256i j) {
     if (KIND == Kind::MANY) return _mm256_i32gather_ps(all, j, 4);
     __m256 low = _mm256_permutevar8x32_ps(tables[0], j);
-    if (KIND == Kind::FEW) return low;
+    if (KIND == Kind::FEW || KIND == Kind::EIGHT) return low;
     __m256 high = _mm256_permutevar8x32_ps(tables[1], j);
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(j, 28)));
 }
@@ -72,8 +73,8 @@ template <Kind KIND>
 inline Pair levels_below(const Rounding &r, __m256 a, __m256 b) {
     if (KIND == Kind::UNIFORM) return {_mm256_setzero_si256(), _mm256_setzero_si256()};
     if (KIND == Kind::FEW) return few_below(r, a, b);
-    if (KIND == Kind::SOME) return {some_below(r, a), some_below(r, b)};
-    return {many_below(r, a), many_below(r, b)};
+    if (KIND == Kind::MANY) return {many_below(r, a), many_below(r, b)};
+    return {some_below(r, a), some_below(r, b)};
 }
 
 inline __m256 scaled(const Rounding &r, const float *values) {
@@ -146,6 +147,7 @@ void round_values(const Code &code, const float *values, int n, float norm, cons
     if (uniform && all_bits) return round_all<Kind::UNIFORM, 16>(r, values, n, symbols);
     if (uniform) return round_all<Kind::UNIFORM, 15>(r, values, n, symbols);
     if (code.has_short_levels && code.wide_gaps) return round_all<Kind::FEW, 16>(r, values, n, symbols);
+    if (code.num_levels <= 8 && code.wide_gaps) return round_all<Kind::EIGHT, 16>(r, values, n, symbols);
     if (code.num_levels <= 15 && code.wide_gaps) return round_all<Kind::SOME, 16>(r, values, n, symbols);
     all_bits ? round_all<Kind::MANY, 16>(r, values, n, symbols) : round_all<Kind::MANY, 15>(r, values, n, symbols);
 }
