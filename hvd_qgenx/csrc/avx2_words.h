@@ -94,7 +94,7 @@ inline void put_planes(const __m256i *bytes, int count, int stride, uint64_t *pl
     __m256i mask[8];
     for (int w = 0; w < 4; w++) bits_of_bytes(bytes[2 * w], bytes[2 * w + 1], mask + w, mask + 4 + w);
     transpose_words(mask);
-    if (count > 4) transpose_words(mask + 4);
+    transpose_words(mask + 4);
     for (int bit = 0; bit < count; bit++) store(planes + bit * stride, mask[bit]);
 }
 

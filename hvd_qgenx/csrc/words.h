@@ -74,41 +74,40 @@ struct Passing {
     }
 };
 
-static void write_words(const Code &code, const int8_t *symbols, int n, Writer &writer, Scratch &scratch) {
-    int words = (n + 63) / 64, stride = scratch.words;
-    uint64_t *planes = scratch.planes.get();
-    word_planes(code, symbols, words, stride, planes);
+/* Goes through the planes depth by depth. `move` writes or reads the bits of the elements in `pass` (NULL for all of
+ * them), which are `few` beyond the shortest words' end, and tells whether they were there. */
+template <class Move>
+static const char *by_depth(const Code &code, int n, Scratch &scratch, Move move) {
     Passing passing(code, n, scratch);
     size_t number = 0;
     for (int depth = 0; depth < code.depth; depth++) {
-        const uint64_t *ones = planes + depth * stride;
-        if (depth < code.shortest)
-            writer.put_first(ones, n);
-        else if (depth == code.shortest)
-            writer.put_at(ones, passing.at(depth), words);
-        else
-            writer.put_at_few(ones, passing.at(depth), words);
-        passing.follow(depth, ones, number);
+        uint64_t *ones = scratch.planes.get() + depth * scratch.words;
+        if (!move(ones, depth < code.shortest ? nullptr : passing.at(depth), depth > code.shortest)) return PAST_END;
+        if (!passing.follow(depth, ones, number)) return NO_WORD;
     }
+    return nullptr;
+}
+
+static void write_words(const Code &code, const int8_t *symbols, int n, Writer &writer, Scratch &scratch) {
+    int words = (n + 63) / 64;
+    word_planes(code, symbols, words, scratch.words, scratch.planes.get());
+    by_depth(code, n, scratch, [&](const uint64_t *ones, const uint64_t *pass, bool few) {
+        if (!pass) writer.put_first(ones, n);
+        else if (few) writer.put_at_few(ones, pass, words);
+        else writer.put_at(ones, pass, words);
+        return true;
+    });
 }
 
 static const char *read_words(const Code &code, Reader &reader, int n, uint8_t *symbols, Scratch &scratch) {
-    int words = (n + 63) / 64, stride = scratch.words;
-    uint64_t *planes = scratch.planes.get();
-    Passing passing(code, n, scratch);
-    size_t number = 0;
-    for (int depth = 0; depth < code.depth; depth++) {
-        uint64_t *ones = planes + depth * stride;
-        if (depth < code.shortest)
-            reader.get_first(ones, n);
-        else if (depth == code.shortest)
-            reader.get_at(ones, passing.at(depth), words);
-        else
-            reader.get_at_few(ones, passing.at(depth), words);
+    int words = (n + 63) / 64;
+    const char *wrong = by_depth(code, n, scratch, [&](uint64_t *ones, const uint64_t *pass, bool few) {
+        if (!pass) reader.get_first(ones, n);
+        else if (few) reader.get_at_few(ones, pass, words);
+        else reader.get_at(ones, pass, words);
         scratch.ahead.lines(words / 2);
-        if (reader.at > reader.end) return PAST_END;
-        if (!passing.follow(depth, ones, number)) return NO_WORD;
-    }
-    symbols_of(code, planes, words, stride, symbols);
-    return nullptr;
+        return reader.at <= reader.end;
+    });
+    if (!wrong) symbols_of(code, scratch.planes.get(), words, scratch.words, symbols);
+    return wrong;
 }
