@@ -266,20 +266,22 @@ def peers(gradient: Tensor, codec: Codec) -> dict[str, Peer]:
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
+def at_once(pool: ThreadPoolExecutor, one: Callable, other: Callable) -> None:
+    waiting = pool.submit(one)
+    other()
+    waiting.result()
+
+
 def timed_memcpy(gradient: Tensor, vector: Tensor, pool: ThreadPoolExecutor) -> list[Timed]:
     """libc's memmove and torch's copy_, the faster of which counts; memmove by two threads, half each."""
     to, start, size = vector.data_ptr(), gradient.data_ptr(), 4 * len(gradient)
     half = size // 2
 
-    def by_two():
-        other = pool.submit(ctypes.memmove, to, start, half)
-        ctypes.memmove(to + half, start + half, size - half)
-        other.result()
-
+    halves = (partial(ctypes.memmove, to, start, half), partial(ctypes.memmove, to + half, start + half, size - half))
     return [
         Timed("memcpy", "memmove", partial(ctypes.memmove, to, start, size)),
         Timed("memcpy", "copy_", partial(vector.copy_, gradient)),
-        Timed("memcpy", "two", by_two, threads=2),
+        Timed("memcpy", "two", partial(at_once, pool, *halves), threads=2),
     ]
 
 
@@ -334,15 +336,9 @@ def timed_two_calls(codec: Codec, gradient: Tensor, pool: ThreadPoolExecutor) ->
     vectors = [torch.ones_like(gradient) for _ in gradients]
     encodes = [partial(codec.encode, *each) for each in zip(gradients, (key(0), key(1)), outs, strict=True)]
     decodes = [partial(codec.decode_mean, [payload] * PAYLOADS, out=vector) for vector in vectors]
-
-    def at_once(calls):
-        other = pool.submit(calls[0])
-        calls[1]()
-        other.result()
-
     return [
-        Timed("two_calls", "encode_two", partial(at_once, encodes), vectors=2),
-        Timed("two_calls", "decode_two", partial(at_once, decodes), vectors=2 * PAYLOADS),
+        Timed("two_calls", "encode_two", partial(at_once, pool, *encodes), vectors=2),
+        Timed("two_calls", "decode_two", partial(at_once, pool, *decodes), vectors=2 * PAYLOADS),
     ]
 
 
