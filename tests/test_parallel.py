@@ -26,14 +26,23 @@ RUNS = [
 
 @pytest.mark.parametrize(("backend", "ranks", "file"), RUNS)
 def test_every_rank_passes(backend, ranks, file):
-    done = run_ranks(backend, ranks, [sys.executable, "-m", "pytest", "-x", "-q", "--color=no", file])
+    done = run_ranks(backend, ranks, _pytest(file))
     assert done.returncode == 0, done.stdout[-8000:]
 
 
-def run_ranks(backend: str, ranks: int, command: list[str]) -> subprocess.CompletedProcess:
+def test_whole_runs_end_in_the_same_bits_as_ever():
+    done = run_ranks("gloo", 3, _pytest("check_runs.py"), ATEN_CPU_CAPABILITY="default")
+    assert done.returncode == 0, done.stdout[-8000:]
+
+
+def _pytest(file: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-x", "-q", "--color=no", file]
+
+
+def run_ranks(backend: str, ranks: int, command: list[str], **variables: str) -> subprocess.CompletedProcess:
     """A command on several ranks; the limit only ends a hang, which is a failure."""
     launcher = ["horovodrun", f"--{backend}", "-np", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOROVOD_DYNAMIC_PROCESS_SETS": "1", **variables}
     return subprocess.run(
         [*launcher, *command],
         cwd=FOLDER,
