@@ -31,26 +31,30 @@ SEGMENT = 65_536
 
 def measure(coordinates: int, case: tuple[int, str, float], repeats: int) -> dict:
     """Medians of one case, in milliseconds."""
+    import horovod.torch as hvd
+
     from hvd_qgenx import Key
     from hvd_qgenx.adaptation import Settings, Statistics, fit
-    from hvd_qgenx.exchange import PayloadExchange, hvd
+    from hvd_qgenx.exchange import CodedExchange
+    from hvd_qgenx.transports.horovod import HorovodTransport
 
     bits, form, rate_weight = case
     settings = Settings(bits=bits, statistics=form, rate_weight=rate_weight, adapt_at=(0,), adapt_every=0)
-    exchange = PayloadExchange(settings)
+    exchange = CodedExchange(settings, HorovodTransport())
     tensors = list(torch.randn(coordinates, generator=torch.Generator().manual_seed(hvd.rank())).split(SEGMENT))
     vector, sizes = torch.cat(tensors), [len(tensor) for tensor in tensors]
     names = [str(index) for index in range(len(tensors))]
-    outgoing = exchange.prepare(tensors)  # agrees on settings and fits levels
-    exchange.deliver(outgoing, "step", names)
-    shared = Statistics.measure(exchange.codec, vector, sizes, form)
+    fused = exchange.fuse(tensors)
+    exchange.settle()
+    exchange.adapt_if_due(fused)
+    shared = Statistics.measure(exchange.codec, fused.segments, exchange.codec.layout(sizes), form)
     # One after another in every round, so that a slow moment meets all of them.
     rounds = [
         (
             seconds(lambda: exchange.codec.encode(vector, Key(0, hvd.rank(), 0), sizes=sizes, inline=False)),
-            seconds(lambda: exchange._adapt(outgoing)),
+            seconds(lambda: exchange._adapt(fused)),
             seconds(lambda: fit(shared, bits, rate_weight)),
-            seconds(lambda: exchange.deliver(exchange.prepare(tensors), "step", names)),
+            seconds(lambda: exchange.collect(exchange.submit(exchange.fuse(tensors), "step"), names)),
         )
         for _ in range(repeats)
     ]

@@ -36,6 +36,7 @@ from torch import Tensor
 import hvd_qgenx
 from hvd_qgenx import Codec, Key, Levels
 from hvd_qgenx.adaptation import Statistics, fit
+from hvd_qgenx.backends.specification import quantize, received
 
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = ["commit", "date", "device", "backend", "coordinates", "rounds", "row", "figure", "value", "unit",
@@ -118,7 +119,8 @@ class Peer:
 
 def codecs(gradient: Tensor) -> dict[str, Codec]:
     """One for each of ``CODECS``."""
-    adaptive, counts = fit(Statistics.measure(Codec(Levels.uniform(4)), gradient, (len(gradient),)), 4)
+    first = Codec(Levels.uniform(4))
+    adaptive, counts = fit(Statistics.measure(first, [gradient], first.layout((len(gradient),))), 4)
     return {
         "packed4": Codec(Levels.uniform(4), "fixed", norm="linf"),
         "packed8": Codec(Levels.uniform(8), "fixed", norm="linf"),
@@ -138,7 +140,8 @@ def codecs(gradient: Tensor) -> dict[str, Codec]:
 def check(codec: Codec, gradient: Tensor, payloads: list[Tensor]) -> None:
     """Decodes to what the specification drew, on the first coordinates; the mean is that of the vectors, on all."""
     first = gradient[:CHECKED]
-    drawn = codec.dequantize(codec.quantize(first, key(0), (len(first),)))
+    layout = codec.layout((len(first),))
+    drawn = received(layout, quantize(codec.codebook, codec.norm, layout, key(0), first), codec.levels)
     whole = len(first) // codec.bucket_size * codec.bucket_size  # the buckets that a cut here leaves as they are
     vectors = [codec.decode_mean([payload]) for payload in payloads]
     require(torch.equal(vectors[0][:whole], drawn[:whole]))
@@ -176,7 +179,7 @@ def over_entropy(codec: Codec, gradient: Tensor) -> tuple[float, float]:
     The entropy is that of the magnitudes' shares in the first coordinates, and one bit for the sign of a non-zero.
     """
     first = gradient[:CHECKED]
-    symbols = codec.quantize(first, key(0), (len(first),)).quantized.symbols
+    symbols = quantize(codec.codebook, codec.norm, codec.layout((len(first),)), key(0), first).symbols
     shares = torch.bincount(symbols.abs().long()).double() / len(first)
     entropy = len(first) * float(torch.special.entr(shares).sum() / math.log(2) + 1 - shares[0])
     bits = 8 * len(codec.encode(first, key(0)))

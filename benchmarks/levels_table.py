@@ -1,7 +1,7 @@
 """Variance and bits of uniform, exponential and fitted levels on normal vectors: the table of docs/levels.md.
 
-    python benchmarks/levels_table.py             # writes benchmarks/results/levels_table.csv and prints the table
-    python benchmarks/levels_table.py --table     # prints the table of the rows that are there
+python benchmarks/levels_table.py             # writes benchmarks/results/levels_table.csv and prints the table
+python benchmarks/levels_table.py --table     # prints the table of the rows that are there
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ def measure(bucket: int, norm: str, bits: int) -> dict[str, tuple[float, float]]
 
     Bits are those of a Huffman code made for the magnitudes that occur, a sign for each non-zero and 32 bits a bucket.
     """
-    from hvd_qgenx import Levels, reference
+    from hvd_qgenx import Levels
+    from hvd_qgenx.backends.specification import rounding
 
     v = torch.randn(2**20 // bucket, bucket, generator=torch.Generator().manual_seed(0))
     norms = v.norm(dim=1, keepdim=True) if norm == "l2" else v.abs().amax(dim=1, keepdim=True)
     u, squares = (v.abs() / norms).clamp(max=1.0), norms.double().square()
     units = (squares / squares.max() * 2**20).long().expand_as(u).reshape(-1)
-    fitted = Levels.fitted(reference.histogram(u.view(-1), units).tolist(), bits)
+    fitted = Levels.fitted(rounding.histogram(u.view(-1), units).tolist(), bits)
     tables = (Levels.uniform(bits), Levels.exponential(bits), fitted)
     relative = squares / v.double().square().sum(1, keepdim=True)
     return {kind: _expected(table, u.double(), relative, bucket) for kind, table in zip(KINDS, tables, strict=True)}

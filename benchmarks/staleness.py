@@ -67,15 +67,18 @@ class Snapshot:
     def __init__(self, tensors: list[torch.Tensor]):
         from hvd_qgenx import Key
         from hvd_qgenx.adaptation import Settings, Statistics
+        from hvd_qgenx.backends.specification import quantize
+        from hvd_qgenx.backends.specification.rounding import Buckets
 
         vector, codec = torch.cat([t.reshape(-1) for t in tensors]), Settings().codec()
-        sizes = [t.numel() for t in tensors]
-        self.statistics = Statistics.measure(codec, vector, sizes)
-        encoded = codec.quantize(vector, Key(0, 0, 0), sizes)
+        layout = codec.layout([t.numel() for t in tensors])
+        self.statistics = Statistics.measure(codec, vector.split(list(layout.sizes)), layout)
+        drawn = quantize(codec.codebook, codec.norm, layout, Key(0, 0, 0), vector)
+        bucket_of = Buckets.cut(layout).bucket_of
         coded = torch.cat([t.reshape(-1) for t in tensors if t.numel() >= codec.min_numel])
-        self.vector, norms = coded.double().abs(), encoded.quantized.norms.double()
-        self.u = (self.vector / norms.clamp(min=1e-300)[encoded.buckets.bucket_of]).clamp(max=1.0)
-        self.squares = norms.square()[encoded.buckets.bucket_of]
+        self.vector, norms = coded.double().abs(), drawn.norms.double()
+        self.u = (self.vector / norms.clamp(min=1e-300)[bucket_of]).clamp(max=1.0)
+        self.squares = norms.square()[bucket_of]
 
     def fit(self, bits: int):
         from hvd_qgenx.adaptation import Settings, fit

@@ -68,8 +68,7 @@ CHANGES = (
         "horovod/runner/mpi_run.py",
         "_NO_BINDING_ARGS = ['-bind-to none', '-map-by slot']",
         "_NO_BINDING_ARGS = ['--bind-to none', '--map-by slot:OVERSUBSCRIBE']",
-        "Open MPI 5 rejects the options with one dash, and refuses more ranks than "
-        "cores unless told to allow them.",
+        "Open MPI 5 rejects the options with one dash, and refuses more ranks than cores unless told to allow them.",
     ),
 )
 
@@ -258,9 +257,7 @@ def compile_wheel(source, target, log):
     """Compile the changed source to a wheel in the folder `target`."""
     pip = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
     if not run_logged([*pip, "-w", target, source], log, env=build_environment()):
-        raise SetupError(
-            f"Horovod {VERSION} did not compile; the log is {log} and says:{errors_in(log)}"
-        )
+        raise SetupError(f"Horovod {VERSION} did not compile; the log is {log} and says:{errors_in(log)}")
 
 
 def build(folder, log):

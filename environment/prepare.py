@@ -62,13 +62,10 @@ def is_ready():
 def check_python():
     """Complain of the parts of Python that distributions pack apart and that are not there."""
     if not all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")):
-        raise SetupError(
-            "Python's venv module is not complete; install it (on Debian the package python3-venv)."
-        )
+        raise SetupError("Python's venv module is not complete; install it (on Debian the package python3-venv).")
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         raise SetupError(
-            "Python's headers (Python.h) are missing; install them (the package python3-dev "
-            "or python3-devel)."
+            "Python's headers (Python.h) are missing; install them (the package python3-dev or python3-devel)."
         )
 
 

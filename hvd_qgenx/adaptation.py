@@ -9,13 +9,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hvd_qgenx.backends.backend import FORMS
 from hvd_qgenx.checks import check_choice, check_integer, check_integers, check_non_negative
 from hvd_qgenx.codec import Codec
-from hvd_qgenx.distribution import BIN_EDGES, NUM_BINS, Distribution, truncated_normal
+from hvd_qgenx.fitting import BIN_EDGES, NUM_BINS, Distribution, truncated_normal
+from hvd_qgenx.layout import Layout
 from hvd_qgenx.levels import Levels, num_positive
 
 LEVELS = ("adaptive", "uniform", "exponential")
-STATISTICS = ("histogram", "normal")
 NONFINITE = ("nan", "raise")
 _COUNT_SCALE = 2**20
 
@@ -48,7 +49,7 @@ class Settings:
         check_integer("seed", self.seed, 0, 2**64 - 1)
         check_integer("adapt_every", self.adapt_every, 0)
         check_choice("nonfinite", self.nonfinite, NONFINITE)
-        check_choice("statistics", self.statistics, STATISTICS)
+        check_choice("statistics", self.statistics, FORMS)
         object.__setattr__(self, "rate_weight", check_non_negative("rate_weight", self.rate_weight))
         object.__setattr__(self, "adapt_at", check_integers("adapt_at", self.adapt_at, 0))
         self.codec()
@@ -99,14 +100,13 @@ class Statistics:
     plain: Tensor
 
     @classmethod
-    def measure(cls, codec: Codec, vector: Tensor, sizes: Sequence[int], form: str = "histogram") -> Statistics:
-        """Of the segments of a vector that are coded; buckets that are zero or not finite do not count."""
-        return cls(*codec.statistics(vector, sizes, form))
-
+    def measure(cls, codec: Codec, segments: Sequence[Tensor], layout: Layout, form: str = "histogram") -> Statistics:
+        """Of the segments that are coded; buckets that are zero or not finite do not count."""
+        return cls(*codec.statistics(segments, layout, form))
 
     def to_message(self) -> Tensor:
         """int64[1 + 2 NUM_BINS] or int64[7]."""
-        return torch.cat((torch.tensor([self.exponent]), self.weighted, self.plain))
+        return torch.cat((torch.tensor([self.exponent], dtype=torch.int64, device="cpu"), self.weighted, self.plain))
 
     @classmethod
     def from_message(cls, message: Tensor) -> Statistics:

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_qgenx import core
-from hvd_qgenx import payload as wire
+from hvd_qgenx.backends import Drawn, backend_of, home
 from hvd_qgenx.checks import check_choice, check_integer, check_integers, check_type
-from hvd_qgenx.coders import CODERS, Codebook, codebook
+from hvd_qgenx.codebook import CODERS, Codebook, make_code
+from hvd_qgenx.key import Key
+from hvd_qgenx.layout import MAX_BUCKET_SIZE, Layout
 from hvd_qgenx.levels import NORMS, Levels
-from hvd_qgenx.payload import MAX_BUCKET_SIZE, ROUNDINGS, PayloadError
-from hvd_qgenx.quantize import (
-    NO_WEIGHT,
-    Buckets,
-    Key,
-    Quantized,
-    as_vector,
-    bucket_norms,
-    dequantize,
-    quantize,
-    weighted_histograms,
-    weighted_moments,
-)
+from hvd_qgenx.payload import Header, bound, check_payload
 
+ROUNDINGS = ("stochastic",)
 _COUNT_SCALE = 2**20
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A vector on its way: what was drawn for its coded part, and its raw part."""
-
-    header: wire.Header
-    buckets: Buckets
-    quantized: Quantized
-    raw: Tensor
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -84,24 +63,21 @@ class Codec:
 
     @cached_property
     def codebook(self) -> Codebook:
-        """The code words of the symbols."""
-        counts = self.counts
+        """The levels and the code words of their symbols."""
+        counts: Sequence[int] | None = self.counts
         if self.coder == "huffman" and counts is None:
             shares = self.levels.symbol_probabilities(self.norm, self.bucket_size)
             counts = [round(share * _COUNT_SCALE) for share in shares]
-        return codebook(self.coder, self.levels.num_levels, counts)
+        return Codebook(self.coder, self.levels, make_code(self.coder, self.levels.num_levels, counts))
 
-    @cached_property
-    def codebook_hash(self) -> int:
-        """64 bits of SHA-256 over coder, levels and code lengths: equal if and only if decoders agree."""
-        levels = np.asarray(self.levels.values, "<f4").tobytes()
-        content = self.coder.encode() + b"\0" + levels + bytes(self.codebook.lengths)
-        return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+    def layout(self, sizes: Sequence[int]) -> Layout:
+        """How segments of these sizes are cut."""
+        return Layout(tuple(sizes), self.min_numel, self.bucket_size)
 
     def bound(self, numel: int, sizes: Sequence[int] | None = None) -> int:
         """Bytes of the largest payload for ``numel`` coordinates, cut into segments of ``sizes``."""
         sizes = _check_sizes(sizes, check_integer("numel", numel, 0))
-        return wire.bound(sizes, self.min_numel, self.bucket_size, self.codebook, wire.inline_bytes(self.levels))
+        return bound(self.layout(sizes), self.codebook, inline=True)
 
     def expected_bits(self, numel: int, probabilities: Sequence[float] | None = None) -> float:
         """Expected bits of the norms, lengths and code words of ``numel`` coordinates in one segment.
@@ -120,8 +96,9 @@ class Codec:
             probabilities = self.levels.symbol_probabilities(self.norm, self.bucket_size)
         if len(probabilities) != self.levels.num_levels + 1:
             raise ValueError(f"probabilities must be {self.levels.num_levels + 1} numbers, got {len(probabilities)}")
-        headers = (32.0 if self.codebook.width else 48.0) * -(-numel // self.bucket_size)
-        return headers + numel * self.codebook.expected_bits(probabilities, self.bucket_size)
+        code = self.codebook.code
+        headers = (32.0 if code.width else 48.0) * -(-numel // self.bucket_size)
+        return headers + numel * code.expected_bits(probabilities, self.bucket_size)
 
     def encode(
         self,
@@ -146,56 +123,27 @@ class Codec:
         """
         vector = as_vector(gradient)
         check_type("key", key, Key)
-        sizes = _check_sizes(sizes, len(vector))
-        if core.compiled():
-            return self._encode(vector, key, out, sizes, inline, counts)
-        encoded = self.quantize(vector, key, sizes)
+        layout = self.layout(_check_sizes(sizes, len(vector)))
+        most = bound(layout, self.codebook, inline=True)
+        room = torch.empty(most, dtype=torch.uint8, device="cpu") if out is None else _check_out(out, most)
+        drawn = self.encode_segments(vector.split(list(layout.sizes)), layout, key, room, inline)
         if counts is not None:
-            counts.copy_(torch.bincount(encoded.quantized.symbols.abs(), minlength=len(counts)))
-        payload = self.pack(encoded, inline)
-        return payload if out is None else _into(out, payload)
-
-    def _encode(
-        self, vector: Tensor, key: Key, out: Tensor | None, sizes: Sequence[int], inline: bool, counts: Tensor | None
-    ) -> Tensor:
-        bound = self.bound(len(vector), sizes)
-        room = torch.empty(bound, dtype=torch.uint8) if out is None else _check_out(out, bound)
-        payload = room[: core.encode(self._book, self._job(sizes, key, inline), vector, room, counts)]
+            counts.copy_(drawn.counts)
+        payload = room[: drawn.size]
         return payload.clone() if out is None else payload
 
-    @cached_property
-    def _book(self):
-        return core.book(CODERS.index(self.coder), self.levels.values, self.codebook.lengths, self.codebook_hash)
+    def encode_segments(
+        self, segments: Sequence[Tensor], layout: Layout, key: Key, out: Tensor, inline: bool = False
+    ) -> Drawn:
+        """Writes one payload of segments where they lie to the start of ``out``.
 
-    def _job(self, sizes: Sequence[int], key: Key, inline: bool = False):
-        norm, parts = NORMS.index(self.norm), (key.seed, key.step, key.rank, key.stream)
-        return core.job(sizes, self.min_numel, self.bucket_size, norm, parts, key.words, inline)
-
-    def quantize(self, vector: Tensor, key: Key, sizes: Sequence[int]) -> Encoded:
-        """The first half of ``encode``, in plain torch: draws a symbol for every coordinate that is not raw."""
-        header = wire.Header(
-            norm=self.norm,
-            coder=self.coder,
-            num_levels=self.levels.num_levels,
-            bucket_size=self.bucket_size,
-            min_numel=self.min_numel,
-            sizes=tuple(sizes),
-            key=key,
-            codebook=self.codebook_hash,
-        )
-        is_coded = _coded_mask(header.sizes, header.min_numel)
-        buckets = Buckets.cut(header.sizes, self.bucket_size, self.min_numel)
-        quantized = quantize(vector[is_coded], buckets, self.levels, self.norm, key)
-        return Encoded(header, buckets, quantized, _spoil_segments(vector[~is_coded], header))
-
-    def pack(self, encoded: Encoded, inline: bool) -> Tensor:
-        """The second half of ``encode``, in plain torch: the bytes."""
-        header = replace(encoded.header, inline=(self.levels, self.codebook) if inline else None)
-        return wire.pack(header, self.codebook, encoded.raw, encoded.quantized, encoded.buckets)
-
-    def dequantize(self, encoded: Encoded) -> Tensor:
-        """float32[n]: what every receiver will decode."""
-        return _join(encoded.header, dequantize(encoded.quantized, encoded.buckets, self.levels), encoded.raw)
+        Args:
+            segments: contiguous float32 vectors of ``layout.sizes`` coordinates.
+            layout: of this codec's, see ``layout``.
+            out: uint8[>= bound].
+        """
+        backend = backend_of(home(segments[0].device if segments else out.device))
+        return backend.encode(self.codebook, self.norm, layout, key, segments, out, inline)
 
     def decode_mean(self, payloads: Sequence[Tensor], numel: int | None = None, out: Tensor | None = None) -> Tensor:
         """float32[numel]: the sum of the payloads' vectors, in their order, divided by how many there are.
@@ -211,85 +159,47 @@ class Codec:
         """
         if len(payloads) == 0:
             raise ValueError("payloads must hold at least one payload")
-        payloads = [wire.check_payload(payload) for payload in payloads]
-        if out is not None:
-            numel = len(_check_vector(out, numel))
-        if core.compiled():
-            return self._decode_mean(payloads, numel, out)
-        total = torch.zeros(wire.parse(payloads[0], numel).header.numel)
-        for payload in payloads:
-            total.add_(self._decode(payload, len(total)))
-        total.div_(len(payloads))
-        return total if out is None else out.copy_(total)
-
-    def _decode_mean(self, payloads: Sequence[Tensor], numel: int | None, out: Tensor | None) -> Tensor:
-        try:
-            if out is None:
-                out = torch.empty(core.parse(payloads[0], numel))
-            core.decode_mean(self._book, payloads, out)
-        except core.CoreError as error:
-            raise PayloadError(f"payload: {error}") from None
+        payloads = [check_payload(payload) for payload in payloads]
+        if out is None:
+            numel = self.parse(payloads[0], numel).layout.numel
+            out = torch.empty(numel, dtype=torch.float32, device="cpu")
+        backend_of(_check_vector(out, numel).device).decode_mean(self.codebook, payloads, [out])
         return out
 
-    def sizes_of(self, payload: Tensor, numel: int | None = None) -> tuple[int, ...]:
-        """The coordinates of each segment of a payload, whose header and sections are checked first."""
-        payload = wire.check_payload(payload)
-        if not core.compiled():
-            return wire.parse(payload, numel).header.sizes
-        try:
-            core.parse(payload, numel)
-        except core.CoreError as error:
-            raise PayloadError(f"payload: {error}") from None
-        return wire.read_sizes(payload)
+    def decode_sections(
+        self,
+        payloads: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        sections: Sequence[Sequence[int]],
+        factor: float = 1.0,
+    ) -> tuple[bool, ...]:
+        """Means of sections straight into float32 vectors; see ``Backend.decode_mean``."""
+        backend = backend_of(home(targets[0].device))
+        return backend.decode_mean(self.codebook, payloads, targets, sections, factor)
 
-    def _decode(self, payload: Tensor, numel: int | None) -> Tensor:
-        parsed = wire.parse(payload, numel)
-        levels, words = self._codebook_of(parsed.header)
-        buckets = Buckets.cut(parsed.header.sizes, parsed.header.bucket_size, parsed.header.min_numel)
-        symbols = wire.decode_symbols(parsed, words, buckets)
-        return _join(parsed.header, dequantize(Quantized(symbols, parsed.norms), buckets, levels), parsed.raw)
+    def parse(self, payload: Tensor, numel: int | None = None) -> Header:
+        """What a payload says of itself, compared with its bytes; raises PayloadError."""
+        payload = check_payload(payload)
+        return backend_of(payload.device).parse(payload, numel)
 
-    def statistics(self, vector: Tensor, sizes: Sequence[int], form: str) -> tuple[int, Tensor, Tensor]:
+    def statistics(self, segments: Sequence[Tensor], layout: Layout, form: str) -> tuple[int, Tensor, Tensor]:
         """What ``adaptation.Statistics`` holds in this form, of the coded segments of a float32 vector."""
-        if core.compiled():
-            return core.statistics(self._job(sizes, Key(0, 0, 0)), vector, form, NO_WEIGHT)
-        buckets = Buckets.cut(sizes, self.bucket_size, self.min_numel)
-        coded = vector[_coded_mask(sizes, self.min_numel)]
-        measure = weighted_histograms if form == "histogram" else weighted_moments
-        return measure(coded, buckets, bucket_norms(coded, buckets, self.norm))
-
-    def _codebook_of(self, header: wire.Header) -> tuple[Levels, Codebook]:
-        if header.inline:
-            return header.inline
-        ours = (self.coder, self.levels.num_levels, self.codebook_hash)
-        if (header.coder, header.num_levels, header.codebook) != ours:
-            theirs = f"{header.coder} {header.num_levels} {header.codebook:016x}"
-            ours = f"{self.coder} {self.levels.num_levels} {self.codebook_hash:016x}"
-            raise PayloadError(f"payload: codebook is {theirs}, the decoder's is {ours}")
-        return self.levels, self.codebook
+        device = segments[0].device if segments else torch.device("cpu")
+        return backend_of(home(device)).statistics(self.norm, layout, segments, form)
 
 
-def _coded_mask(sizes: Sequence[int], min_numel: int) -> Tensor:
-    """bool[n]: which coordinates belong to segments that are coded."""
-    sizes = torch.tensor(sizes, dtype=torch.int64)
-    return torch.repeat_interleave(sizes >= min_numel, sizes)
+def check_gradient(tensor: Tensor) -> Tensor:
+    """``tensor``, if it is a dense floating-point tensor."""
+    if isinstance(tensor, Tensor) and tensor.dtype in _FLOATS and tensor.layout == torch.strided:
+        return tensor
+    kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+    raise ValueError(f"gradient must be a dense float16, bfloat16, float32 or float64 tensor, got {kind}")
 
 
-def _join(header: wire.Header, coded: Tensor, raw: Tensor) -> Tensor:
-    if len(raw) == 0:
-        return coded
-    is_coded = _coded_mask(header.sizes, header.min_numel)
-    vector = torch.empty(header.numel)
-    vector[is_coded], vector[~is_coded] = coded, raw
-    return vector
-
-
-def _spoil_segments(raw: Tensor, header: wire.Header) -> Tensor:
-    """Makes a raw segment NaN throughout if any of its coordinates is not finite, as a coded one would be."""
-    if bool(raw.isfinite().all()):
-        return raw
-    parts = raw.split([size for size in header.sizes if size < header.min_numel])
-    return torch.cat([part if bool(part.isfinite().all()) else torch.full_like(part, torch.nan) for part in parts])
+def as_vector(gradient: Tensor) -> Tensor:
+    """A contiguous float32 vector with the values of a floating-point tensor of any shape, where it can be coded."""
+    gradient = check_gradient(gradient).detach()
+    return gradient.to(device=home(gradient.device), dtype=torch.float32).reshape(-1)
 
 
 def _check_counts(counts: Sequence[int], length: int) -> tuple[int, ...]:
@@ -311,10 +221,6 @@ def _check_out(out: Tensor, least: int) -> Tensor:
     if not fits or len(out) < least:
         raise ValueError(f"out must be a contiguous 1-D uint8 tensor of at least bound(numel) bytes, {least} here")
     return out
-
-
-def _into(out: Tensor, payload: Tensor) -> Tensor:
-    return _check_out(out, len(payload))[: len(payload)].copy_(payload)
 
 
 def _check_vector(out: Tensor, numel: int | None) -> Tensor:

@@ -18,11 +18,12 @@ from hvd_qgenx.checks import (
     check_process_set,
     check_type,
 )
-from hvd_qgenx.compression import Compression, QGenXCompressor
-from hvd_qgenx.exchange import DenseExchange, Exchange, NoExchange, PayloadExchange
+from hvd_qgenx.compressor import Compression, QGenXCompressor
+from hvd_qgenx.exchange import PLANS, Alone, CodedExchange, DenseExchange, Exchange
 from hvd_qgenx.extragradient import OptimizerView
+from hvd_qgenx.transports.horovod import HorovodTransport
 
-EXCHANGES = ("auto", "allgather")
+EXCHANGES = ("auto", *PLANS)
 _MEMORY = "hvd_qgenx"
 
 
@@ -50,7 +51,7 @@ class _Materialising(OptimizerView):
             group.update(before)
         # Horovod broadcasts nothing, not even options, for a stateless optimizer, but the memory must travel.
         if not any(self.state.values()):
-            self.state[parameters[0]][_MEMORY] = torch.zeros(1)
+            self.state[parameters[0]][_MEMORY] = torch.zeros(1, dtype=torch.float32, device="cpu")
         self._placeholder = True
 
 
@@ -108,11 +109,11 @@ class DistributedOptimizer(_Materialising):
         _check_predivide(gradient_predivide_factor, op)
         self.sparse_as_dense = sparse_as_dense
         self._names = _names(self, named_parameters)
-        self._exchange = _make_exchange(compression, process_set, op, gradient_predivide_factor)
+        self._exchange = _make_exchange(compression, process_set, op, gradient_predivide_factor, exchange)
         self._describe()
         self._should_synchronize, self._synchronized, self._placeholder = True, False, False
         if hasattr(optimizer, "num_ranks"):
-            optimizer.num_ranks = self._exchange.group.size
+            optimizer.num_ranks = self._exchange.transport.size
         self.__module__ = hvd.DistributedOptimizer.__module__  # see _Materialising
 
     @property
@@ -251,19 +252,22 @@ class DistributedOptimizer(_Materialising):
         parameters = self._parameters()
         starts = stage == "extrapolation" or not self._two_exchanges
         ends_difference = self._wants_difference and stage == "step"
-        before = self._look_ahead(parameters) if ends_difference else []  # now: new levels may come with `prepare`
-        outgoing = self._exchange.prepare([self._gradient(p) for p in parameters], starts)
-        term = _squared_distance(before, self._exchange.values(outgoing)) if ends_difference else 0.0
-        names = [self._names[p] for p in parameters]
-        means, terms = self._exchange.deliver(outgoing, stage, names, term, self._keeps(stage))
-        for p, mean in zip(parameters, means, strict=True):
+        # Now, since levels that are fitted below would read the last exchange's vectors wrongly.
+        before = self._look_ahead(parameters) if ends_difference else []
+        term = (lambda received: _squared_distance(before, received)) if ends_difference else None
+        fused = self._exchange.fuse([self._gradient(p) for p in parameters])
+        self._exchange.settle()
+        self._exchange.adapt_if_due(fused, starts)
+        submitted = self._exchange.submit(fused, stage, term, self._keeps(stage))
+        collected = self._exchange.collect(submitted, [self._names[p] for p in parameters])
+        for p, mean in zip(parameters, collected.means, strict=True):
             _assign(p, mean)
         if ends_difference:
-            self.optimizer.squared_difference = sum(terms)
+            self.optimizer.squared_difference = sum(collected.terms)
 
     @property
     def _wants_difference(self) -> bool:
-        return self._exchange.group.size > 1 and hasattr(self.optimizer, "squared_difference")
+        return self._exchange.transport.size > 1 and hasattr(self.optimizer, "squared_difference")
 
     def _keeps(self, stage: str) -> bool:
         """Whether the next exchange needs this one's vectors again, for Algorithm 1's ||V_k,t - V_k,t+1/2||^2."""
@@ -272,7 +276,7 @@ class DistributedOptimizer(_Materialising):
 
     def _look_ahead(self, parameters: list[Tensor]) -> list[Tensor | None]:
         """This rank's V_k,t; where there is none, in a checkpoint of another number of ranks, their mean."""
-        if (kept := self._exchange.kept_values()) is not None:
+        if (kept := self._exchange.last_as_received()) is not None:
             return kept
         vectors = [self.state.get(p, {}).get("look_ahead") for p in parameters]
         return [None if v is None else v.detach().cpu().float().reshape(-1) for v in vectors]
@@ -305,18 +309,25 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         raise ValueError("optimizer must not be LBFGS: each rank's own loss would decide how often it evaluates")
 
 
-def _make_exchange(compression, process_set, op, predivide: float) -> Exchange:
+def _make_exchange(compression, process_set, op, predivide: float, plan: str) -> Exchange:
     if not hvd.is_initialized():
         raise RuntimeError("Horovod is not initialized: call horovod.torch.init() first")
     if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
         raise ValueError(f"compression must be one of Compression's or a compressor of Horovod's, got {compression!r}")
     if getattr(compression, "process_set", None) not in (None, process_set):
         raise ValueError("process_set must be the same for the optimizer and its compression, or be left to the first")
-    if not process_set.included() or process_set.size() == 1:
-        return NoExchange(process_set, op)
+    transport, operation = HorovodTransport(process_set), _operation(op)
+    if transport.size == 1:
+        return Alone(transport, operation)
     if isinstance(compression, QGenXCompressor):
-        return PayloadExchange(compression.settings, process_set, op)
-    return DenseExchange(compression, process_set, op, predivide)
+        return CodedExchange(compression.settings, transport, operation, "allgather" if plan == "auto" else plan)
+    return DenseExchange(compression, transport, operation, predivide)
+
+
+def _operation(op) -> str:
+    if op not in (hvd.Average, hvd.Sum):
+        raise ValueError("op must be hvd.Average or hvd.Sum: no other is defined for what is exchanged here")
+    return "mean" if op == hvd.Average else "sum"
 
 
 def _check_predivide(factor: float, op) -> None:
@@ -347,6 +358,8 @@ def _names(optimizer: torch.optim.Optimizer, named_parameters: Iterable | None) 
 def _assign(p: Tensor, mean: Tensor | None) -> None:
     if mean is None:
         return
+    if p.grad is not None and not p.grad.is_sparse and p.grad.data_ptr() == mean.data_ptr() and len(mean):
+        return  # the mean was decoded into the gradient itself
     value = mean.view(p.shape).to(device=p.device, dtype=p.dtype)
     if p.grad is None or p.grad.is_sparse:
         p.grad = value.clone()
@@ -357,8 +370,9 @@ def _assign(p: Tensor, mean: Tensor | None) -> None:
 def _squared_distance(first: list[Tensor | None], second: list[Tensor | None]) -> float:
     """The sum over pairs of ||a - b||^2 in float64; None, and a vector that was not sent, is zero."""
     total = 0.0
-    for a, b in zip(first, second, strict=True):
-        present = [v for v in (a, b) if v is not None and len(v)]
-        difference = present[0] - present[1] if len(present) == 2 else present[0] if present else torch.zeros(0)
-        total += float(difference.double().square().sum())
+    for pair in zip(first, second, strict=True):
+        present = [v for v in pair if v is not None and len(v)]
+        if present:
+            difference = present[0] - present[1] if len(present) == 2 else present[0]
+            total += float(difference.double().square().sum())
     return total

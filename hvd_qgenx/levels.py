@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from hvd_qgenx.checks import check_choice, check_integer, check_non_negative
-from hvd_qgenx.distribution import FITS, Distribution, normal_distribution, rate_aware, spread
+from hvd_qgenx.fitting import FITS, Distribution, normal_distribution, rate_aware, spread
 
 MAX_LEVELS = 127  # symbols are int8
 NORMS = ("l2", "linf")

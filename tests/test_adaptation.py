@@ -7,15 +7,17 @@ from itertools import pairwise
 
 import pytest
 import torch
+from drawn import as_received, drawn
 
 from hvd_qgenx import Codec, Key, Levels
 from hvd_qgenx.adaptation import Settings, Statistics, fit
-from hvd_qgenx.distribution import NUM_BINS, Distribution
+from hvd_qgenx.fitting import NUM_BINS, Distribution
 
 
 def _statistics(vector, sizes=None, norm="l2", form="histogram"):
     codec = Codec(Levels.uniform(4), bucket_size=64, norm=norm)
-    return Statistics.measure(codec, vector, sizes or (len(vector),), form)
+    layout = codec.layout(sizes or (len(vector),))
+    return Statistics.measure(codec, vector.split(list(layout.sizes)), layout, form)
 
 
 @pytest.mark.parametrize(("form", "integers"), [("histogram", 1 + 2 * NUM_BINS), ("normal", 7)])
@@ -109,14 +111,10 @@ def test_fitted_levels_cut_the_variance_and_their_code_is_near_the_entropy(norm,
     measured = {}
     for name, table in (("uniform", Levels.uniform(4)), ("exponential", Levels.exponential(4)), ("fitted", levels)):
         codec = Codec(table, bucket_size=64, norm=norm)
-        decoded = codec.dequantize(codec.quantize(vector, Key(0, 0, 0), (len(vector),)))
+        decoded = as_received(codec, vector, Key(0, 0, 0))
         measured[name] = float((decoded - vector).square().sum() / vector.square().sum())
     assert measured["fitted"] < min(measured["uniform"], measured["exponential"])
-    symbols = (
-        Codec(levels, bucket_size=64, norm=norm, counts=counts)
-        .quantize(vector, Key(0, 0, 0), (len(vector),))
-        .quantized.symbols
-    )
+    symbols = drawn(Codec(levels, bucket_size=64, norm=norm, counts=counts), vector, Key(0, 0, 0)).symbols
     shares = torch.bincount(symbols.abs().long(), minlength=8).double() / len(vector)
     # 20 deviations of a share of 32,000 draws at most, and bins 3 % wide.
     assert torch.allclose(shares, torch.tensor(counts).double() / sum(counts), atol=0.01)
@@ -190,7 +188,7 @@ def test_a_larger_rate_weight_makes_payloads_shorter():
 FIT = """
 import hashlib
 from hvd_qgenx import Levels
-from hvd_qgenx.distribution import truncated_normal
+from hvd_qgenx.fitting import truncated_normal
 counts = truncated_normal((2**40, 2**33, 2**33))
 fits = [Levels.fitted(counts, bits, rate_weight=weight) for bits, weight in ((3, 0.0), (4, 0.0), (4, 0.05), (8, 0.0))]
 print(hashlib.sha256(repr((counts, fits)).encode()).hexdigest())

@@ -10,21 +10,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_qgenx import Codec, Key, Levels, PayloadError, core
-from hvd_qgenx.coders import CODERS
-from hvd_qgenx.reference import crc32c
+from hvd_qgenx import Codec, Key, Levels, PayloadError, backends
+from hvd_qgenx.backends.specification.payload import crc32c
+from hvd_qgenx.codebook import CODERS
 
 ROOT = Path(__file__).parent.parent
-BACKENDS = ("reference", "portable", *{core.backend.name} - {"reference", "portable"})
+BACKENDS = ("specification", "portable", *{backends.name()} - {"specification", "portable"})
 FIELDS = (
     *("magic", "version", "size", "checksum", "flags", "reserved", "norms", "norm", "coder", "num_levels"),
     *("bucket_size", "numel", "levels", "code lengths", "sizes", "raw", "lengths", "codebook", "coded"),
 )
 HEADER, SIZE_AT, NUMEL = 72, 12, 107
 HEADER_FIELDS = {
-    "magic": (0, 4), "version": (4, 2), "flags": (6, 1), "norm": (7, 1), "coder": (8, 1), "num_levels": (9, 1),
-    "reserved": (10, 2), "size": (12, 8), "numel": (20, 8), "num_segments": (28, 4), "min_numel": (32, 4),
-    "bucket_size": (36, 4), "codebook": (64, 8),
+    "magic": (0, 4),
+    "version": (4, 2),
+    "flags": (6, 1),
+    "norm": (7, 1),
+    "coder": (8, 1),
+    "num_levels": (9, 1),
+    "reserved": (10, 2),
+    "size": (12, 8),
+    "numel": (20, 8),
+    "num_segments": (28, 4),
+    "min_numel": (32, 4),
+    "bucket_size": (36, 4),
+    "codebook": (64, 8),
 }
 EXTREMES = (0, 1, 2, 127, 128, 255, 16384, 16385, 2**16 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
 
@@ -73,7 +83,7 @@ def _outcome(backend: str, payloads: list[bytes], numel: int | None):
     """The field that is named, or what is decoded."""
     tensors = [torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
                for data in payloads]  # fmt: skip
-    with core.force(backend):
+    with backends.force(backend):
         try:
             return Codec(Levels.uniform(2)).decode_mean(tensors, numel)
         except PayloadError as error:

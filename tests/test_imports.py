@@ -1,6 +1,7 @@
 """Imports point one way, and the package works without Horovod until something needs it."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,59 +12,105 @@ import hvd_qgenx
 
 PACKAGE = Path(hvd_qgenx.__file__).parent
 
-#: Each room may import the rooms before it.
+#: Each room may import the rooms before it. A wing is seen from outside by its door alone, named in DOORS.
 ROOMS = [
     "checks",
-    "distribution",
+    "key",
+    "layout",
+    "fitting",
     "levels",
-    "reference",
-    "core",
-    "quantize",
     "words",
-    "bitplanes",
-    "runs",
-    "coders",
+    "codebook",
     "payload",
+    "backends.backend",
+    "backends.specification.rounding",
+    "backends.specification.planes",
+    "backends.specification.runs",
+    "backends.specification.symbols",
+    "backends.specification.payload",
+    "backends.specification",
+    "backends.compiled",
+    "backends",
     "codec",
     "adaptation",
-    "traffic",
-    "collective",
+    "communication",
+    "transports",
+    "transports.horovod",
+    "exchange.message",
+    "exchange.agreement",
+    "exchange.exchange",
+    "exchange.plan",
+    "exchange.allgather",
+    "exchange.dense",
+    "exchange.coded",
     "exchange",
-    "compression",
+    "compressor",
     "extragradient",
     "dual",
     "games",
     "distributed",
 ]
+#: The rooms that know Horovod.
+HOROVODS = {"transports.horovod", "compressor", "distributed"}
 
 
-def _imports(path: Path):
-    """(module, whether it is imported when this module is) for every import statement."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        at_once = node in tree.body
+def _path(room: str) -> Path:
+    path = PACKAGE.joinpath(*room.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(room: str):
+    """Every module that a room imports, anywhere in it."""
+    for node in ast.walk(ast.parse(_path(room).read_text())):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, at_once) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module == "hvd_qgenx":
-            yield from ((f"hvd_qgenx.{alias.name}", at_once) for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module, at_once
+            assert node.level == 0, f"{room} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name.removeprefix("hvd_qgenx.") in ROOMS else node.module for name in names)
 
 
 def test_the_list_names_every_room():
-    assert sorted(ROOMS) == sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+    assert sorted([*ROOMS, ""]) == sorted(map(_name, PACKAGE.rglob("*.py")))
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_rooms_before_it(room):
-    for module, _ in _imports(PACKAGE / f"{room}.py"):
+    for module in _imports(room):
         if module.startswith("hvd_qgenx."):
-            assert ROOMS.index(module.split(".")[1]) < ROOMS.index(room), f"{room} imports {module}"
+            assert ROOMS.index(module.removeprefix("hvd_qgenx.")) < ROOMS.index(room), f"{room} imports {module}"
 
 
-def test_only_two_rooms_import_horovod():
-    users = {room for room in ROOMS for module, _ in _imports(PACKAGE / f"{room}.py") if module.startswith("horovod")}
-    assert users == {"collective", "distributed"}
+def test_only_three_rooms_import_horovod():
+    users = {room for room in ROOMS for module in _imports(room) if module.split(".")[0] == "horovod"}
+    assert users == HOROVODS
+
+
+def test_nothing_of_horovods_arrives_through_another_room():
+    """Not by `from room import hvd`, nor as any other name that stands for one of Horovod's modules or objects."""
+    for room in set(ROOMS) - HOROVODS:
+        module = importlib.import_module(f"hvd_qgenx.{room}")
+        arrived = [name for name, value in vars(module).items() if _home(value).split(".")[0] == "horovod"]
+        assert not arrived, f"{room} has {arrived}"
+
+
+def _home(value) -> str:
+    name = value.__name__ if isinstance(value, type(sys)) else getattr(value, "__module__", None)
+    return name if isinstance(name, str) else ""
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room.startswith(("exchange", "transports"))])
+def test_the_exchange_and_the_transports_meet_in_the_protocol_alone(room):
+    others = {module.removeprefix("hvd_qgenx.") for module in _imports(room) if module.startswith("hvd_qgenx.")}
+    if room.startswith("exchange"):
+        assert "transports.horovod" not in others
+    else:
+        assert others <= {"transports"}
 
 
 WITHOUT_HOROVOD = """

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_qgenx import Levels
-from hvd_qgenx.distribution import BIN_EDGES, NUM_BINS, normal_distribution
+from hvd_qgenx.fitting import BIN_EDGES, NUM_BINS, normal_distribution
 
 
 def test_uniform_levels_are_equally_spaced():

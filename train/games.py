@@ -12,6 +12,7 @@ with bit-identical parameters and step sizes.
 A run's folder holds config.json, metrics.jsonl (one object for each power of two of iterations), gap.png and
 summary.json. Ctrl-C ends all ranks and counts as a clean end.
 """
+
 import argparse
 import json
 import math
@@ -51,8 +52,11 @@ DIVERGED = 1e6  # a point this much farther from the start than the solution is
 
 
 def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(usage="games.py [--flag value ...]; --help lists the flags", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="games.py [--flag value ...]; --help lists the flags",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--game", choices=PROBLEMS, default="bilinear")
     add("--dimension", type=whole(2), default=20, help=f"even, beyond {BLOCK} a multiple of it; not for logistic (20)")
@@ -133,22 +137,32 @@ def train(flags: argparse.Namespace) -> None:
 
 def measure(problem, t: int, x: Tensor, average: Tensor, opt) -> dict:
     sent = opt.communication
-    return {"iteration": t, "gap": float(problem.gap(average)), "gap_of_last": float(problem.gap(x.detach().double())),
-            "gamma": getattr(opt.optimizer, "gamma", None), "exchanges": sent.exchanges, "bytes_sent": sent.bytes_sent}
+    return {
+        "iteration": t,
+        "gap": float(problem.gap(average)),
+        "gap_of_last": float(problem.gap(x.detach().double())),
+        "gamma": getattr(opt.optimizer, "gamma", None),
+        "exchanges": sent.exchanges,
+        "bytes_sent": sent.bytes_sent,
+    }
 
 
 def write_row(folder: Path, bar, row: dict) -> None:
     if hvd.rank() == 0:
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        bar.set_postfix_str(f"gap {row['gap']:.2e} after {row['iteration']}, {row['bytes_sent']:,} bytes sent",
-                            refresh=False)
+        bar.set_postfix_str(
+            f"gap {row['gap']:.2e} after {row['iteration']}, {row['bytes_sent']:,} bytes sent", refresh=False
+        )
 
 
 def slope(iterations: list[int], gaps: list[float], octaves: int = 5) -> float | None:
     """Of log gap over log iterations, fitted to the last `octaves` + 1 powers of two; None if there are not so many."""
-    points = [(math.log(t), math.log(gap)) for t, gap in zip(iterations, gaps, strict=True)
-              if t & (t - 1) == 0 and 0 < gap < math.inf][-octaves - 1:]
+    points = [
+        (math.log(t), math.log(gap))
+        for t, gap in zip(iterations, gaps, strict=True)
+        if t & (t - 1) == 0 and 0 < gap < math.inf
+    ][-octaves - 1 :]
     return float(np.polyfit(*zip(*points, strict=True), 1)[0]) if len(points) > octaves else None
 
 
@@ -164,8 +178,11 @@ def finish(folder: Path, bar, outcome: str, rows: list[dict], seconds: float, op
     if len(rows) > 1:
         save_gap(folder)
     falling = "" if fall is None else f", falling as T^{fall:.2f} over the last 5 octaves"
-    print(f"{outcome}: {last['iteration']} iterations in {seconds:.1f} s; gap {last['gap']:.3g}{falling}; "
-          f"{opt.communication}; {folder}", flush=True)
+    print(
+        f"{outcome}: {last['iteration']} iterations in {seconds:.1f} s; gap {last['gap']:.3g}{falling}; "
+        f"{opt.communication}; {folder}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What every run under horovodrun does alike: flags, own random numbers on each rank, replicas compared, progress in
 whole lines, a folder, Ctrl-C, errors in one sentence.
 """
+
 import argparse
 import hashlib
 import json
@@ -27,6 +28,7 @@ def whole(least: int):
         if not text.isdigit() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
         return int(text)
+
     return parse
 
 
@@ -48,7 +50,6 @@ def number(text: str, allowed, what: str) -> float:
     return value
 
 
-
 def random_stream(seed: int, rank: int, purpose: int, device: str) -> torch.Generator:
     """An own stream for every (seed, rank, purpose). The words are mixed: seed 0 of rank 1 is not seed 1 of rank 0."""
     word = np.random.SeedSequence((seed, rank, purpose)).generate_state(1, np.uint64)[0]
@@ -68,8 +69,9 @@ def check_replicas(tensors: list[torch.Tensor], iteration: int) -> None:
     hashes = hvd.allgather(replica_hash(tensors), name="train.replicas")
     different = [str(rank) for rank in range(len(hashes)) if not torch.equal(hashes[rank], hashes[0])]
     if different:
-        raise TrainingError(f"After iteration {iteration} the parameters of rank {', '.join(different)} "
-                            "differ from those of rank 0.")
+        raise TrainingError(
+            f"After iteration {iteration} the parameters of rank {', '.join(different)} differ from those of rank 0."
+        )
 
 
 class Lines:
@@ -87,8 +89,15 @@ class Lines:
 
 def progress_bar(total: int) -> tqdm:
     """Shown by rank 0 alone."""
-    return tqdm(total=total, disable=hvd.rank() != 0, mininterval=5, miniters=1, ascii=True, file=Lines(),
-                bar_format="{percentage:3.0f}% {n}/{total} {elapsed}<{remaining} {rate_noinv_fmt} {postfix}")
+    return tqdm(
+        total=total,
+        disable=hvd.rank() != 0,
+        mininterval=5,
+        miniters=1,
+        ascii=True,
+        file=Lines(),
+        bar_format="{percentage:3.0f}% {n}/{total} {elapsed}<{remaining} {rate_noinv_fmt} {postfix}",
+    )
 
 
 def open_folder(folder: Path, config: dict) -> None:

@@ -6,6 +6,7 @@ experiment took over with LayerNorm in place of BatchNorm. Counted at width 128 
 its pictures by strides that see one pixel of four, this one repeats or averages pixels (as Gulrajani et al., 2017, do).
 The counts stay the same, and the generator no longer has to unlearn a checkerboard.
 """
+
 import torch
 from torch import Tensor, nn
 
@@ -38,8 +39,13 @@ class UpBlock(nn.Module):
         super().__init__()
         self.shortcut = nn.Sequential(nn.Conv2d(width, width, 1), nn.Upsample(scale_factor=2))
         self.block = nn.Sequential(
-            LayerNorm(width), nn.ReLU(), nn.ConvTranspose2d(width, width, 4, stride=2, padding=1),
-            LayerNorm(width), nn.ReLU(), convolution(width, width))
+            LayerNorm(width),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, width, 4, stride=2, padding=1),
+            LayerNorm(width),
+            nn.ReLU(),
+            convolution(width, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.shortcut(x) + self.block(x)
@@ -51,8 +57,13 @@ class CriticBlock(nn.Module):
     def __init__(self, width: int, down: bool = False):
         super().__init__()
         self.shortcut = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(width, width, 1)) if down else nn.Identity()
-        self.block = nn.Sequential(nn.ReLU(), convolution(width, width), nn.ReLU(), convolution(width, width),
-                                   nn.AvgPool2d(2) if down else nn.Identity())
+        self.block = nn.Sequential(
+            nn.ReLU(),
+            convolution(width, width),
+            nn.ReLU(),
+            convolution(width, width),
+            nn.AvgPool2d(2) if down else nn.Identity(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.shortcut(x) + self.block(x)
@@ -67,8 +78,14 @@ class Generator(nn.Module):
         self.latent = latent
         self.input = nn.Linear(latent, 4 * 4 * width)
         self.network = nn.Sequential(
-            UpBlock(width), UpBlock(width), UpBlock(width),
-            LayerNorm(width), nn.ReLU(), convolution(width, 3), nn.Tanh())
+            UpBlock(width),
+            UpBlock(width),
+            UpBlock(width),
+            LayerNorm(width),
+            nn.ReLU(),
+            convolution(width, 3),
+            nn.Tanh(),
+        )
         initialise(self, width)
 
     def forward(self, noise: Tensor) -> Tensor:

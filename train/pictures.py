@@ -1,4 +1,5 @@
 """Pictures of a run: grids of images, and curves drawn from its metrics.jsonl."""
+
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
 def save_curves(folder: Path) -> None:
     """Writes curves.png from metrics.jsonl: both losses, and the bytes sent so far against those of float32."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -38,6 +40,7 @@ def save_curves(folder: Path) -> None:
 def save_gap(folder: Path) -> None:
     """Writes gap.png from metrics.jsonl: the gap against iterations and against bytes, and the theory's slopes."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

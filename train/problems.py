@@ -11,6 +11,7 @@ For affine operators gap is the restricted gap of Nesterov, sup {<A(z), x - z>: 
 that reaches to X_1. For the two saddle points on simplices it is max_v L(u, v') - min_u L(u', v), which bounds that
 one. Lengths are scaled so that ||X_1 - x*|| and the Lipschitz constant of A are 1 where that is possible.
 """
+
 import math
 
 import torch

@@ -14,6 +14,7 @@ where g_k is the gradient of (generator_loss, critic_loss) on rank k's own image
 A run's folder holds config.json, metrics.jsonl (one object per logged iteration), samples_*.png, curves.png,
 weights.pt and summary.json. Ctrl-C ends all ranks, keeps what there is, and counts as a clean end (exit code 0).
 """
+
 import argparse
 import copy
 import json
@@ -48,11 +49,31 @@ import hvd_qgenx
 
 PRESETS = {
     # Small enough for a laptop: colours and rough shapes instead of noise.
-    "quick": {"iterations": 500, "minutes": 3.5, "width": 12, "latent": 64, "batch": 24, "lr_generator": 3e-4,
-              "lr_critic": 2e-3, "average": 0.8, "log_every": 5, "sample_every": 50},
+    "quick": {
+        "iterations": 500,
+        "minutes": 3.5,
+        "width": 12,
+        "latent": 64,
+        "batch": 24,
+        "lr_generator": 3e-4,
+        "lr_critic": 2e-3,
+        "average": 0.8,
+        "log_every": 5,
+        "sample_every": 50,
+    },
     # The settings of the Q-GenX experiment: with three ranks, 341 images on each.
-    "paper": {"iterations": 500_000, "minutes": None, "width": 128, "latent": 128, "batch": 1024, "lr_generator": 5e-5,
-              "lr_critic": 5e-4, "average": 0.9999, "log_every": 100, "sample_every": 5000},
+    "paper": {
+        "iterations": 500_000,
+        "minutes": None,
+        "width": 128,
+        "latent": 128,
+        "batch": 1024,
+        "lr_generator": 5e-5,
+        "lr_critic": 5e-4,
+        "average": 0.9999,
+        "log_every": 100,
+        "sample_every": 5000,
+    },
 }
 COMPRESSIONS = {
     "none": lambda seed: hvd_qgenx.Compression.none,
@@ -75,8 +96,11 @@ def fixed_width(bits: int, seed: int):
 
 def parse_flags() -> argparse.Namespace:
     """A preset's values are the defaults of the other flags."""
-    parser = argparse.ArgumentParser(usage="wgan.py [--flag value ...]; --help lists the flags", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="wgan.py [--flag value ...]; --help lists the flags",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="quick", help="defaults of the flags below it (quick)")
     add("--iterations", type=whole(1), help="extra-gradient iterations, of two exchanges each")
@@ -93,8 +117,13 @@ def parse_flags() -> argparse.Namespace:
     add("--latent", type=whole(1), help="size of the generator's noise vector")
     add("--penalty", type=positive, default=10.0, help="weight of the gradient penalty (10)")
     add("--seed", type=whole(0), default=0, help="of weights, shards, noise and rounding (0)")
-    add("--check-replicas", type=whole(0), default=0, metavar="N",
-        help="compare a hash of all parameters of all ranks every N iterations and at the end (0: never)")
+    add(
+        "--check-replicas",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="compare a hash of all parameters of all ranks every N iterations and at the end (0: never)",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--out", type=Path, help="folder of the run (runs/<time>-<compression>)")
     parser.set_defaults(**PRESETS[parser.parse_args().preset])
@@ -128,7 +157,9 @@ class Log:
         self.bar.set_postfix_str(
             f"generator {row['loss_generator']:.2f} critic {row['loss_critic']:.2f} "
             f"{row['bits_per_coordinate']:.2f} bits/coordinate "
-            f"{row['bytes_sent'] / 1e6:.1f} MB of {row['bytes_float32'] / 1e6:.1f} MB float32", refresh=False)
+            f"{row['bytes_sent'] / 1e6:.1f} MB of {row['bytes_float32'] / 1e6:.1f} MB float32",
+            refresh=False,
+        )
 
     def seconds(self) -> float:
         return round(time.monotonic() - self.start, 3)
@@ -144,20 +175,30 @@ class Log:
         done, seconds = self.bar.n, self.seconds()
         summary = {**self.last, "outcome": outcome, "iteration": done, "seconds": seconds}
         (self.folder / "summary.json").write_text(json.dumps(summary) + "\n")
-        print(f"{outcome}: {done} iterations in {seconds:.1f} s ({done / max(seconds, 1e-9):.2f} per second); "
-              f"{communication}; {self.folder}", flush=True)
+        print(
+            f"{outcome}: {done} iterations in {seconds:.1f} s ({done / max(seconds, 1e-9):.2f} per second); "
+            f"{communication}; {self.folder}",
+            flush=True,
+        )
 
 
 def describe(flags: argparse.Namespace, origin: str, game: hvd_qgenx.Game) -> dict:
     """What config.json says: every flag, and all else that is needed to repeat the run."""
     return {
         **{name: str(value) if isinstance(value, Path) else value for name, value in vars(flags).items()},
-        "world_size": hvd.size(), "batch_per_rank": flags.batch // hvd.size(), "betas": BETAS, "images": origin,
+        "world_size": hvd.size(),
+        "batch_per_rank": flags.batch // hvd.size(),
+        "betas": BETAS,
+        "images": origin,
         "parameters": {name: count_parameters(network) for name, network in game.items()},
         "threads_per_rank": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "horovod": horovod.__version__,
-                     "hvd_qgenx": hvd_qgenx.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "horovod": horovod.__version__,
+            "hvd_qgenx": hvd_qgenx.__version__,
+        },
     }
 
 
@@ -179,17 +220,24 @@ def train(flags: argparse.Namespace) -> None:
     average = copy.deepcopy(generator).requires_grad_(False)
 
     opt = hvd_qgenx.DistributedOptimizer(
-        hvd_qgenx.ExtraAdam([{"params": generator.parameters(), "lr": flags.lr_generator},
-                             {"params": critic.parameters(), "lr": flags.lr_critic}], betas=BETAS),
+        hvd_qgenx.ExtraAdam(
+            [
+                {"params": generator.parameters(), "lr": flags.lr_generator},
+                {"params": critic.parameters(), "lr": flags.lr_critic},
+            ],
+            betas=BETAS,
+        ),
         named_parameters=game.named_parameters(),
-        compression=COMPRESSIONS[flags.compression](flags.seed))
+        compression=COMPRESSIONS[flags.compression](flags.seed),
+    )
     hvd.broadcast_parameters(game.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(opt, root_rank=0)
     average.load_state_dict(generator.state_dict())
 
     stream = random_stream(flags.seed, hvd.rank(), 0, flags.device)
-    shown = torch.randn(SAMPLES, flags.latent, generator=random_stream(flags.seed, 0, 1, flags.device),
-                        device=flags.device)
+    shown = torch.randn(
+        SAMPLES, flags.latent, generator=random_stream(flags.seed, 0, 1, flags.device), device=flags.device
+    )
 
     def gradients() -> tuple[torch.Tensor, torch.Tensor]:
         """Puts this rank's gradient of both losses, on a new minibatch and new noise, into p.grad."""
@@ -215,11 +263,18 @@ def train(flags: argparse.Namespace) -> None:
         if not all(map(math.isfinite, mean)):
             raise TrainingError(f"The losses are not finite at iteration {iteration}; lower the learning rates.")
         exchanged = 2 * iteration * count_parameters(game)
-        log.row({"iteration": iteration, "seconds": round(seconds, 3),
-                 "loss_generator": mean[0], "loss_critic": mean[1],
-                 "bytes_sent": opt.communication.bytes_sent, "bytes_float32": 4 * exchanged,
-                 "bits_per_coordinate": opt.communication.bits_per_coordinate,
-                 "variance": opt.communication.variance})
+        log.row(
+            {
+                "iteration": iteration,
+                "seconds": round(seconds, 3),
+                "loss_generator": mean[0],
+                "loss_critic": mean[1],
+                "bytes_sent": opt.communication.bytes_sent,
+                "bytes_float32": 4 * exchanged,
+                "bits_per_coordinate": opt.communication.bits_per_coordinate,
+                "variance": opt.communication.variance,
+            }
+        )
         return seconds
 
     log = Log(flags, describe(flags, origin, game))

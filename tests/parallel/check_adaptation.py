@@ -10,15 +10,24 @@ from ranks import gathered, loss, message_on_all_ranks, network, same_on_all_ran
 import hvd_qgenx
 from hvd_qgenx import Compression, Levels
 from hvd_qgenx.adaptation import Settings
-from hvd_qgenx.exchange import PayloadExchange
+from hvd_qgenx.exchange import CodedExchange
+from hvd_qgenx.transports.horovod import HorovodTransport
 
 RANKS = hvd.size()
+
+
+def _exchange(exchange, tensors):
+    """One exchange, by the verbs in their order."""
+    fused = exchange.fuse(tensors)
+    exchange.settle()
+    exchange.adapt_if_due(fused)
+    return exchange.collect(exchange.submit(fused, "step"), ["a", "b"][: len(tensors)])
 
 
 def _codebook(exchange):
     """All that ranks must have in common after an update."""
     codec = exchange.codec
-    return exchange.version, codec.levels.values, codec.counts, codec.codebook.words, codec.codebook_hash
+    return exchange.version, codec.levels.values, codec.counts, codec.codebook.code.words, codec.codebook.hash
 
 
 def _normal():
@@ -42,11 +51,11 @@ ODD_ONES = {
 )
 @pytest.mark.filterwarnings("ignore:the gradient of a is not finite")
 def test_codebooks_are_identical_after_every_update(options, odd):
-    exchange = PayloadExchange(Settings(adapt_at=(0, 2), adapt_every=0, **options))
+    exchange = CodedExchange(Settings(adapt_at=(0, 2), adapt_every=0, **options), HorovodTransport())
     seen = []
     for iteration in range(3):
         tensors = _normal() if hvd.rank() < RANKS - 1 else ODD_ONES[odd]()
-        exchange.deliver(exchange.prepare(tensors), "step", ["a", "b"])
+        _exchange(exchange, tensors)
         codebooks = gathered(_codebook(exchange))
         assert all(codebook == codebooks[0] for codebook in codebooks), iteration
         seen.append(codebooks[0])
@@ -59,9 +68,9 @@ def test_codebooks_are_identical_after_every_update(options, odd):
 @pytest.mark.parametrize(("statistics", "size"), [("histogram", 8320), ("normal", 112)])
 @pytest.mark.parametrize("numel", [1024, 20_000])
 def test_messages_of_statistics_have_the_documented_size_whatever_the_gradients(statistics, size, numel):
-    exchange = PayloadExchange(Settings(statistics=statistics, adapt_at=(0, 1), adapt_every=0))
+    exchange = CodedExchange(Settings(statistics=statistics, adapt_at=(0, 1), adapt_every=0), HorovodTransport())
     for _ in range(3):
-        exchange.deliver(exchange.prepare([torch.randn(numel)]), "step", ["a"])
+        _exchange(exchange, [torch.randn(numel)])
     communication = exchange.communication
     assert communication.adaptation_bytes == 2 * size and communication.adaptations == 2
     assert communication.adaptation_seconds > 0.0
@@ -81,7 +90,7 @@ def test_both_halves_of_an_iteration_have_the_same_codebook():
             optimizer.zero_grad()
             loss(model).backward()
             half_step()
-            hashes.append(optimizer._exchange.codec.codebook_hash)
+            hashes.append(optimizer._exchange.codec.codebook.hash)
     assert hashes[::2] == hashes[1::2] and len(set(hashes)) == 4
     assert set(map(tuple, gathered(hashes))) == {tuple(hashes)}
 
@@ -168,7 +177,7 @@ def test_the_most_advanced_rank_gives_its_state_and_the_lowest_of_equals():
     compressor.load_state_dict({**compressor.state_dict(), **state})
     hvd.allreduce(torch.randn(3000), name="leader", compression=compressor)
     expected = Levels((0.0, *(j / 11 for j in range(1, 7)), 1.0))
-    assert compressor.exchange.codec.levels == expected and compressor.state_dict()["step"] == 6
+    assert compressor._exchange.codec.levels == expected and compressor.state_dict()["step"] == 6
 
 
 @pytest.mark.parametrize("entrance", ["drop-in", "wrapper"])
@@ -176,7 +185,7 @@ def test_a_stale_codebook_is_an_error_on_all_ranks_that_names_both(entrance):
     model = network()
     if entrance == "drop-in":
         compressor = Compression.qgenx(bits=4, adapt_at=(0, 1), adapt_every=0)
-        optimizer, exchange = _stock(model, compressor), compressor.exchange
+        optimizer, exchange = _stock(model, compressor), compressor._exchange
     else:
         optimizer = hvd_qgenx.DistributedOptimizer(
             torch.optim.SGD(model.parameters(), lr=0.1),
@@ -190,7 +199,7 @@ def test_a_stale_codebook_is_an_error_on_all_ranks_that_names_both(entrance):
         exchange.load_state_dict({**exchange.state_dict(), "levels": stale["levels"], "counts": stale["counts"]})
     before = [p.detach().clone() for p in model.parameters()]
     message = message_on_all_ranks(RuntimeError, lambda: _steps(optimizer, model, 1))
-    hashes = gathered(exchange.codec.codebook_hash)
+    hashes = gathered(exchange.codec.codebook.hash)
     assert message.startswith(
         f"ranks disagree: rank 0 coded with codebook {hashes[0]:016x}, "
         f"rank {RANKS - 1} with codebook {hashes[-1]:016x}; one of them has a stale state"

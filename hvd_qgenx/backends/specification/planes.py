@@ -1,38 +1,38 @@
-"""Planes of bits, one behind another in each bucket, and buckets one behind another in bytes; and the way back."""
+"""Planes of bits, one after another in each bucket, and buckets one after another in bytes; and the way back."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from hvd_qgenx import reference
+from hvd_qgenx.backends.specification.rounding import counting
 from hvd_qgenx.words import CodeError
 
 
 def write_planes(planes: list[tuple[Tensor, Tensor]], num_buckets: int) -> tuple[Tensor, Tensor]:
-    """Puts planes one behind another in each bucket, and buckets one behind another at byte boundaries."""
+    """Puts planes one after another in each bucket, and buckets one after another at byte boundaries."""
     counts = [torch.bincount(owner, minlength=num_buckets) for owner, _ in planes]
     bit_lengths = torch.stack(counts).sum(dim=0)
     byte_lengths = (bit_lengths + 7) // 8
     cursor = 8 * (byte_lengths.cumsum(0) - byte_lengths)
-    bits = torch.zeros(8 * int(byte_lengths.sum()), dtype=torch.uint8)
+    bits = torch.zeros(8 * int(byte_lengths.sum()), dtype=torch.uint8, device="cpu")
     for (owner, values), count in zip(planes, counts, strict=True):
         bits[_positions(owner, count, cursor)] = values.to(torch.uint8)
         cursor += count
-    return reference.pack_bits(bits), byte_lengths
+    return pack_bits(bits), byte_lengths
 
 
 def _positions(owner: Tensor, count: Tensor, cursor: Tensor) -> Tensor:
     """Where elements, sorted by their bucket ``owner``, lie if each bucket's run starts at its cursor."""
     first = count.cumsum(0) - count
-    return torch.arange(len(owner)) + (cursor - first)[owner]
+    return counting(len(owner)) + (cursor - first)[owner]
 
 
 class Reader:
     """Reads planes in the order in which ``write_planes`` put them, never past the end of a bucket."""
 
     def __init__(self, packed: Tensor, byte_lengths: Tensor):
-        self.bits = reference.unpack_bits(packed)
+        self.bits = unpack_bits(packed)
         self.end = 8 * byte_lengths.cumsum(0)
         self.cursor = self.end - 8 * byte_lengths
 
@@ -61,4 +61,16 @@ class Reader:
 
 def _counted(count: Tensor) -> tuple[Tensor, Tensor]:
     """The owner of each of ``count`` things, and ``count``."""
-    return torch.repeat_interleave(torch.arange(len(count)), count), count
+    return torch.repeat_interleave(counting(len(count)), count), count
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """uint8[ceil(m / 8)] from uint8[m] of zeros and ones, the first bit lowest."""
+    padded = torch.zeros(-(-len(bits) // 8) * 8, dtype=torch.uint8, device="cpu")
+    padded[: len(bits)] = bits
+    return (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor) -> Tensor:
+    """uint8[8 m] of zeros and ones from uint8[m]."""
+    return ((packed[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1).view(-1)

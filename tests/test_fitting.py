@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from hvd_qgenx import Levels, distribution, reference
-from hvd_qgenx.distribution import BIN_EDGES, FITS, NUM_BINS, Distribution, normal_distribution
+from hvd_qgenx import Levels, fitting
+from hvd_qgenx.backends.specification import rounding
+from hvd_qgenx.fitting import BIN_EDGES, FITS, NUM_BINS, Distribution, normal_distribution
 
 
 def _histogram(values: torch.Tensor, norm: str) -> list[int]:
@@ -14,7 +15,7 @@ def _histogram(values: torch.Tensor, norm: str) -> list[int]:
     rows = values.view(-1, 1024)
     norms = rows.norm(dim=1, keepdim=True) if norm == "l2" else rows.abs().amax(dim=1, keepdim=True)
     weights = (norms.double().square() / norms.double().square().max() * 2**20).long().expand_as(rows)
-    return reference.histogram((rows.abs() / norms).clamp(max=1.0).view(-1), weights.reshape(-1)).tolist()
+    return rounding.histogram((rows.abs() / norms).clamp(max=1.0).view(-1), weights.reshape(-1)).tolist()
 
 
 def _histograms():
@@ -57,11 +58,11 @@ def test_exact_is_the_best_of_all_choices_of_edges(index):
     assert found.variance(Levels.fitted(HISTOGRAMS[index], 3, "exact").values) <= tried * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("update", [distribution._set_to_optimum, distribution._move_down])
+@pytest.mark.parametrize("update", [fitting._set_to_optimum, fitting._move_down])
 @pytest.mark.parametrize("index", range(0, 20, 3))
 def test_a_coordinate_step_never_raises_the_variance(update, index):
     found = Distribution(HISTOGRAMS[index])
-    for levels in distribution.starts(found, 7):
+    for levels in fitting.starts(found, 7):
         before = found.variance(levels)
         for sweep in range(3):
             for j in range(1, 7):
@@ -96,10 +97,8 @@ def _mean_of_cdf(found: Distribution, low: float, high: float) -> float:
 def test_no_fit_is_worse_than_its_own_starts(index, method):
     found = Distribution(HISTOGRAMS[index])
     variance = found.variance(Levels.fitted(HISTOGRAMS[index], 4, method).values)
-    if method == "multiplier":
-        starts = [distribution._powers(p, 7) for p in (0.2, 0.5, 0.8)]
-    else:
-        starts = distribution.starts(found, 7)
+    powers = [fitting._powers(p, 7) for p in (0.2, 0.5, 0.8)]
+    starts = powers if method == "multiplier" else fitting.starts(found, 7)
     assert variance <= min(map(found.variance, starts)) * (1 + 1e-6)
 
 
@@ -162,8 +161,8 @@ def test_the_rate_aware_fit_is_no_worse_than_its_starts_and_near_the_best_of_all
     counts = HISTOGRAMS[index], HISTOGRAMS[(index + 2) % 20]
     levels = Levels.fitted(counts[0], 3, rate_weight=weight, plain_counts=counts[1]).values
     value = _objective(found, plain, weight, levels)
-    fit = distribution.coordinate_descent(found, 3)
-    starts = [fit, *distribution.starts(found, 3), *distribution._stepped(3)]
+    fit = fitting.coordinate_descent(found, 3)
+    starts = [fit, *fitting.starts(found, 3), *fitting._stepped(3)]
     # Fitted levels are rounded to float32.
     assert value <= min(_objective(found, plain, weight, start) for start in starts) * (1 + 1e-6)
     places = sorted({*BIN_EDGES[8:-1:8], *(j / 17 for j in range(1, 17))})
@@ -174,10 +173,10 @@ def test_the_rate_aware_fit_is_no_worse_than_its_starts_and_near_the_best_of_all
 @pytest.mark.parametrize("index", range(0, 20, 3))
 def test_a_rate_aware_step_never_raises_the_objective(index):
     found, plain = Distribution(HISTOGRAMS[index]), Distribution(HISTOGRAMS[1])
-    for levels in [*distribution.starts(found, 7), *distribution._stepped(7)[::4]]:
+    for levels in [*fitting.starts(found, 7), *fitting._stepped(7)[::4]]:
         before = _objective(found, plain, 0.05, levels)
         for j in range(1, 7):
-            levels[j] = distribution._best_place(found, plain, 0.05, levels, j)
+            levels[j] = fitting._best_place(found, plain, 0.05, levels, j)
             after = _objective(found, plain, 0.05, levels)
             # The step compares what changes, this all of it: rounding of sums of order one to ten.
             assert after <= before + 1e-13, j
@@ -208,7 +207,7 @@ def test_a_truncated_normal_has_the_masses_of_its_formula(mean, deviation):
     def cdf(r):
         return math.erf((r - mean) / deviation / math.sqrt(2.0)) / 2.0
 
-    for count, low, high in zip(distribution.truncated_normal(moments), BIN_EDGES, BIN_EDGES[1:], strict=False):
+    for count, low, high in zip(fitting.truncated_normal(moments), BIN_EDGES, BIN_EDGES[1:], strict=False):
         mass = (cdf(high) - cdf(low) + cdf(-low) - cdf(-high)) / (cdf(1.0) - cdf(-1.0))
         assert count / 2**40 == pytest.approx(mass, abs=1e-8)
 
@@ -217,7 +216,7 @@ def test_a_truncated_normal_has_the_masses_of_its_formula(mean, deviation):
 def test_a_truncated_normal_without_deviation_is_near_its_mean(r):
     """All coordinates equal: the deviation is taken as a bin's width, or 2**-16, and the levels are valid."""
     total = 2**50
-    counts = distribution.truncated_normal((total, round(r * total), round(r * r * total)))
+    counts = fitting.truncated_normal((total, round(r * total), round(r * r * total)))
     near = [
         count for count, edge in zip(counts, BIN_EDGES, strict=False) if abs(edge - abs(r)) <= abs(r) / 4 + 2.0**-13
     ]

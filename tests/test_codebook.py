@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_qgenx.coders import CODERS, codebook, huffman
-from hvd_qgenx.quantize import Buckets
-from hvd_qgenx.runs import rice_parameter
+from hvd_qgenx.backends.specification.rounding import Buckets
+from hvd_qgenx.backends.specification.symbols import read_symbols, write_symbols
+from hvd_qgenx.codebook import CODERS, huffman, make_code
+from hvd_qgenx.layout import Layout
 from hvd_qgenx.words import (
     FEW,
     FEW_WORD,
@@ -20,6 +21,7 @@ from hvd_qgenx.words import (
     elias_gamma,
     elias_omega,
     huffman_lengths,
+    rice_parameter,
 )
 
 
@@ -129,19 +131,19 @@ def test_lengths_that_break_kraft_are_refused(lengths):
 @pytest.mark.parametrize("coder", [coder for coder in CODERS if coder != "fixed"])
 @pytest.mark.parametrize("num_levels", [1, 3, 7, 127])
 def test_no_code_word_is_the_beginning_of_another(coder, num_levels):
-    words = [word for word in codebook(coder, num_levels, [1] * (num_levels + 1)).words if word]
+    words = [word for word in make_code(coder, num_levels, [1] * (num_levels + 1)).words if word]
     assert len(words) == 2 * num_levels + (coder != "elias_runs")
     assert not any(b.startswith(a) for i, a in enumerate(words) for j, b in enumerate(words) if i != j)
 
 
 def test_words_end_with_the_sign():
-    assert codebook("elias_gamma", 2).words == ("0111", "0101", "1", "0100", "0110")
-    assert codebook("elias_runs", 2).words == ("1001", "01", "", "00", "1000")
+    assert make_code("elias_gamma", 2).words == ("0111", "0101", "1", "0100", "0110")
+    assert make_code("elias_runs", 2).words == ("1001", "01", "", "00", "1000")
 
 
 def test_both_signs_of_a_magnitude_count_half_in_huffmans_code():
-    assert codebook("huffman", 1, [2, 2]).lengths == (2, 1, 2)
-    assert codebook("huffman", 2, [1, 2, 4]).lengths == (2, 3, 3, 2, 2)
+    assert make_code("huffman", 1, [2, 2]).lengths == (2, 1, 2)
+    assert make_code("huffman", 2, [1, 2, 4]).lengths == (2, 3, 3, 2, 2)
 
 
 def _symbols(buckets, num_levels, seed=0):
@@ -153,14 +155,14 @@ def _symbols(buckets, num_levels, seed=0):
 @pytest.mark.parametrize("num_levels", [1, 2, 7, 127])
 @pytest.mark.parametrize("sizes", [(0,), (1,), (13,), (63, 64, 65), (640, 0, 7)])
 def test_symbols_survive_and_take_the_bits_of_their_words(coder, num_levels, sizes):
-    buckets = Buckets.cut(sizes, 64)
+    buckets = Buckets.cut(Layout(sizes, 0, 64))
     symbols = _symbols(buckets, num_levels)
-    book = codebook(coder, num_levels, list(range(num_levels + 1)))
-    packed, byte_lengths = book.encode(symbols, buckets)
-    assert torch.equal(book.decode(packed, byte_lengths, buckets), symbols)
+    code = make_code(coder, num_levels, list(range(num_levels + 1)))
+    packed, byte_lengths = write_symbols(code, symbols, buckets)
+    assert torch.equal(read_symbols(code, packed, byte_lengths, buckets), symbols)
     for index, bucket in enumerate(symbols.split(buckets.lengths.tolist())):
-        bits = sum(book.width or len(book.words[num_levels + m]) for m in bucket.tolist())
-        if book.runs:
+        bits = sum(code.width or len(code.words[num_levels + m]) for m in bucket.tolist())
+        if code.runs:
             bits += sum(len(elias_omega(run + 1)) for run in _runs(bucket.tolist()))
         assert byte_lengths[index] == (bits + 7) // 8
 
@@ -173,10 +175,10 @@ def _runs(symbols):
 
 
 def test_runs_of_zeros_are_coded_as_golomb_and_rice_have_it():
-    book = codebook("huffman", 1, [9, 1])
-    assert book.runs == "rice" and not book.ones and book.lengths == (1, 0, 1)
+    code = make_code("huffman", 1, [9, 1])
+    assert code.runs == "rice" and not code.ones and code.lengths == (1, 0, 1)
     symbols = torch.tensor([0] * 5 + [1, -1] + [0] * 9, dtype=torch.int8)
-    packed, _ = book.encode(symbols, Buckets.cut([16], 16))
+    packed, _ = write_symbols(code, symbols, Buckets.cut(Layout((16,), 0, 16)))
     # 14 zeros in 3 runs of 5, 0 and 9: 3 << 3 >= 14, k = 2; 5 = "01" + low bits "10", 0 = "1" + "00"; the last run is
     # ceil(9 / 4) zeros; then the words of -1 and 1, "0" and "1".
     assert packed.tolist() == _packed("0100" + "0110" + "100" + "000" + "10")
@@ -184,25 +186,29 @@ def test_runs_of_zeros_are_coded_as_golomb_and_rice_have_it():
 
 @pytest.mark.parametrize("zeros", [1, 2, 3, 4, 5, 8, 64, 65, 300])
 def test_a_bucket_without_anything_but_zeros_is_a_parameter_and_at_most_two_zeros(zeros):
-    book = codebook("huffman", 1, [9, 1])
-    packed, byte_lengths = book.encode(torch.zeros(zeros, dtype=torch.int8), Buckets.cut([zeros], 512))
+    code = make_code("huffman", 1, [9, 1])
+    packed, byte_lengths = write_symbols(
+        code, torch.zeros(zeros, dtype=torch.int8), Buckets.cut(Layout((zeros,), 0, 512))
+    )
     assert packed.tolist() == [rice_parameter(zeros, 1)]
-    assert not book.decode(packed, byte_lengths, Buckets.cut([zeros], 512)).any()
+    assert not read_symbols(code, packed, byte_lengths, Buckets.cut(Layout((zeros,), 0, 512))).any()
 
 
 def test_runs_of_ones_among_the_non_zeros_are_coded_too():
-    book = codebook("huffman", 3, [90, 9, 0, 0])
-    assert book.runs == "rice" and book.ones and book.lengths == (2, 2, 1, 0, 1, 2, 2)
-    assert book.words == ("00", "01", "1", "", "0", "10", "11")
-    packed, _ = book.encode(torch.tensor([1, 0, -1, -3, 1, -1], dtype=torch.int8), Buckets.cut([6], 8))
+    code = make_code("huffman", 3, [90, 9, 0, 0])
+    assert code.runs == "rice" and code.ones and code.lengths == (2, 2, 1, 0, 1, 2, 2)
+    assert code.words == ("00", "01", "1", "", "0", "10", "11")
+    packed, _ = write_symbols(
+        code, torch.tensor([1, 0, -1, -3, 1, -1], dtype=torch.int8), Buckets.cut(Layout((6,), 0, 8))
+    )
     # One zero in 6 runs: k = 0; runs 0, 1, 0, 0, 0. Of 5 non-zeros four are ones, in 2 runs of 2 and 2: 2 << 1 >= 4,
     # k = 0, the last run is two zeros. Signs of 1, -1, 1, -1; the word of -3.
     assert packed.tolist() == _packed("0000" + "1" + "01" + "111" + "0000" + "001" + "00" + "0101" + "00")
 
 
 def test_elias_runs_are_the_omega_words_of_the_gaps_then_levels_with_their_signs():
-    book = codebook("elias_runs", 3)
-    packed, _ = book.encode(torch.tensor([0, 0, -3, 1], dtype=torch.int8), Buckets.cut([4], 8))
+    code = make_code("elias_runs", 3)
+    packed, _ = write_symbols(code, torch.tensor([0, 0, -3, 1], dtype=torch.int8), Buckets.cut(Layout((4,), 0, 8)))
     # gaps 2 and 0: omega(3) = 110, omega(1) = 0; -3 = 110 1 and 1 = 0 0, depth by depth 10, 10, 0, 1.
     assert packed.tolist() == _packed("110" + "0" + "10" + "10" + "0" + "1")
 
@@ -218,43 +224,43 @@ def test_rices_parameter_is_the_rule_written_down(zeros, runs, k):
 
 
 def test_zeros_and_ones_have_words_up_to_four_fifths_and_are_runs_beyond():
-    assert codebook("huffman", 2, [80, 10, 10]).stages == 0
-    assert codebook("huffman", 2, [81, 10, 9]).stages == 1
-    assert codebook("huffman", 2, [900, 80, 20]).stages == 1
-    assert codebook("huffman", 2, [900, 81, 20]).stages == 2
-    assert codebook("huffman", 1, [900, 81]).stages == 1  # nothing is left behind the ones
+    assert make_code("huffman", 2, [80, 10, 10]).stages == 0
+    assert make_code("huffman", 2, [81, 10, 9]).stages == 1
+    assert make_code("huffman", 2, [900, 80, 20]).stages == 1
+    assert make_code("huffman", 2, [900, 81, 20]).stages == 2
+    assert make_code("huffman", 1, [900, 81]).stages == 1  # nothing is left behind the ones
 
 
 @pytest.mark.parametrize("counts", [[80, 10, 10], [81, 10, 9], [900, 81, 20], [900, 81], [5, 4, 3, 2, 1]])
 def test_a_code_is_known_by_its_lengths(counts):
-    book = codebook("huffman", len(counts) - 1, counts)
-    assert huffman(book.lengths) == book
+    code = make_code("huffman", len(counts) - 1, counts)
+    assert huffman(code.lengths) == code
 
 
 def test_words_are_laid_out_depth_by_depth():
     # docs/wire_format.md, example 1: first bits of all five, second bits of three, third bits of three.
-    book = codebook("huffman", 2, [4, 1, 2])
-    assert book.words == ("100", "101", "0", "110", "111")
-    packed, _ = book.encode(torch.tensor([0, -2, 1, 0, 2], dtype=torch.int8), Buckets.cut([5], 8))
+    code = make_code("huffman", 2, [4, 1, 2])
+    assert code.words == ("100", "101", "0", "110", "111")
+    packed, _ = write_symbols(code, torch.tensor([0, -2, 1, 0, 2], dtype=torch.int8), Buckets.cut(Layout((5,), 0, 8)))
     assert packed.tolist() == _packed("01101" + "011" + "001") == [0xD6, 0x04]
 
 
 def test_fixed_width_packs_symbol_plus_s_lowest_bit_first():
-    book = codebook("fixed", 7)
-    packed, _ = book.encode(torch.tensor([-7, 7, 0], dtype=torch.int8), Buckets.cut([3], 8))
+    code = make_code("fixed", 7)
+    packed, _ = write_symbols(code, torch.tensor([-7, 7, 0], dtype=torch.int8), Buckets.cut(Layout((3,), 0, 8)))
     assert packed.tolist() == [0 + (14 << 4), 7]
 
 
 @pytest.mark.parametrize("coder", CODERS)
 def test_damaged_codes_never_decode_to_symbols_out_of_range(coder):
-    buckets = Buckets.cut((200,), 64)
-    book = codebook(coder, 5, [9, 5, 3, 2, 1, 1])
-    packed, byte_lengths = book.encode(_symbols(buckets, 5), buckets)
+    buckets = Buckets.cut(Layout((200,), 0, 64))
+    code = make_code(coder, 5, [9, 5, 3, 2, 1, 1])
+    packed, byte_lengths = write_symbols(code, _symbols(buckets, 5), buckets)
     generator, rejected = torch.Generator().manual_seed(1), 0
     for _ in range(200):
         noise = torch.randint(0, 256, packed.shape, generator=generator).to(torch.uint8)
         try:
-            assert book.decode(noise, byte_lengths, buckets).abs().max() <= 5
+            assert read_symbols(code, noise, byte_lengths, buckets).abs().max() <= 5
         except CodeError:
             rejected += 1
     assert rejected > 100

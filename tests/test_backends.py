@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
+from drawn import drawn
 
 import hvd_qgenx
-from hvd_qgenx import Codec, Key, Levels, core
-from hvd_qgenx.coders import CODERS
+from hvd_qgenx import Codec, Key, Levels, backends
+from hvd_qgenx.backends.backend import FORMS
+from hvd_qgenx.codebook import CODERS
 
-COMPILED = [name for name in ("portable", core.backend.name) if name != "reference"]
+COMPILED = [name for name in ("portable", backends.name()) if name != "specification"]
 LEVELS = {
     "ternary": Levels.uniform(2),
     "uniform4": Levels.uniform(4),
@@ -35,7 +37,7 @@ def _vector(numel, seed=0, kind="normal"):
 
 
 def _on(name, call, *arguments, **options):
-    with core.force(name):
+    with backends.force(name):
         return call(*arguments, **options)
 
 
@@ -48,9 +50,9 @@ def test_every_backend_writes_the_same_bytes_and_reads_the_same_values(coder, le
     codec = Codec(LEVELS[levels], coder, size, norm, min_numel=5)
     sizes = (1, 7, 0, 64, 4, 1333)
     vector, key = _vector(sum(sizes), 1, kind), Key(3, 1, 4)
-    payload = _on("reference", codec.encode, vector, key, sizes=sizes)
-    decoded = _on("reference", codec.decode_mean, [payload])
-    assert len(payload) <= codec.bound(len(vector), sizes) == core.bound(codec._book, codec._job(sizes, key, True))
+    payload = _on("specification", codec.encode, vector, key, sizes=sizes)
+    decoded = _on("specification", codec.decode_mean, [payload])
+    assert len(payload) <= codec.bound(len(vector), sizes)
     for name in COMPILED:
         assert torch.equal(_on(name, codec.encode, vector, key, sizes=sizes), payload)
         assert torch.equal(_on(name, codec.decode_mean, [payload]), decoded)
@@ -63,7 +65,7 @@ def test_extreme_norms_give_the_same_symbols(name, scale, levels):
     for norm in ("l2", "linf"):
         codec = Codec(LEVELS[levels], "fixed", 64, norm)
         vector = (_vector(500).double() * scale / 10).float()
-        payload = _on("reference", codec.encode, vector, Key(0, 0, 0))
+        payload = _on("specification", codec.encode, vector, Key(0, 0, 0))
         assert torch.equal(_on(name, codec.encode, vector, Key(0, 0, 0)), payload)
 
 
@@ -75,7 +77,7 @@ def test_numbers_that_are_not_finite_spoil_the_same_segments(name):
             vector = _vector(sum(sizes))
             vector[place : place + 2] = value
             codec = Codec(Levels.uniform(4), bucket_size=64, min_numel=5)
-            payload = _on("reference", codec.encode, vector, Key(0, 0, 0), sizes=sizes)
+            payload = _on("specification", codec.encode, vector, Key(0, 0, 0), sizes=sizes)
             written = _on(name, codec.encode, vector, Key(0, 0, 0), sizes=sizes)
             first, second = (codec.decode_mean([p]) for p in (payload, written))
             assert torch.equal(first.isnan(), second.isnan()) and torch.equal(first.nan_to_num(), second.nan_to_num())
@@ -95,7 +97,7 @@ def test_the_number_of_threads_changes_nothing(threads, coder):
         assert torch.equal(codec.decode_mean([expected, expected]), mean)
     finally:
         torch.set_num_threads(before)
-    symbols = codec.quantize(vector, Key(0, 0, 0), sizes).quantized.symbols
+    symbols = drawn(codec, vector, Key(0, 0, 0), sizes).symbols
     assert torch.equal(counts[0], torch.bincount(symbols.abs().int(), minlength=8)) and torch.equal(*counts)
 
 
@@ -105,20 +107,20 @@ def test_payloads_cut_in_different_ways_have_the_mean_of_their_vectors():
     cuts = (None, (300, 700))
     payloads = [codec.encode(vector, Key(0, 0, 0), sizes=cut) for codec, cut in zip(codecs, cuts, strict=True)]
     expected = (codecs[0].decode_mean(payloads[:1]) + codecs[1].decode_mean(payloads[1:])) / 2
-    for name in (*COMPILED, "reference"):
+    for name in (*COMPILED, "specification"):
         assert torch.equal(_on(name, codecs[0].decode_mean, payloads), expected)
 
 
 @pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("min_numel", [0, 300])
-@pytest.mark.parametrize("form", core.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_statistics_are_the_same_integers(name, norm, min_numel, form):
     codec, sizes = Codec(Levels.uniform(4), bucket_size=64, norm=norm, min_numel=min_numel), (1000, 200, 0, 3001)
     vector = _vector(sum(sizes), kind="heavy")
     vector[1100] = torch.nan
-    expected = _on("reference", codec.statistics, vector, sizes, form)
-    found = _on(name, codec.statistics, vector, sizes, form)
+    expected = _on("specification", codec.statistics, vector.split(sizes), codec.layout(sizes), form)
+    found = _on(name, codec.statistics, vector.split(sizes), codec.layout(sizes), form)
     assert found[0] == expected[0] and all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
 
 
@@ -139,14 +141,14 @@ def test_the_largest_of_a_hundred_million_elements_never_passes_its_level(name):
 
 def test_an_unknown_backend_is_one_sentence():
     command = [sys.executable, "-c", "import hvd_qgenx"]
-    for asked, code in (("gpu", 1), ("reference", 0)):
-        environment = {**os.environ, core.SWITCH: asked}
+    for asked, code in (("gpu", 1), ("specification", 0)):
+        environment = {**os.environ, backends.SWITCH: asked}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == code
-        assert code == 0 or f"{core.SWITCH} must be one of avx2, portable, reference" in done.stderr
+        assert code == 0 or f"{backends.SWITCH} must be one of avx2, portable, specification" in done.stderr
 
 
 def test_the_backend_in_use_can_be_seen():
-    assert hvd_qgenx.backend == core.backend.name
-    with core.force("reference"):
-        assert hvd_qgenx.backend == "reference"
+    assert hvd_qgenx.backend == backends.name()
+    with backends.force("specification"):
+        assert hvd_qgenx.backend == "specification"

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from hvd_qgenx.adaptation import Settings
 from hvd_qgenx.checks import check_named_parameters, check_process_set
+from hvd_qgenx.codec import check_gradient
+from hvd_qgenx.communication import Communication
+from hvd_qgenx.exchange.allgather import Arrived
+from hvd_qgenx.exchange.coded import CodedExchange
 from hvd_qgenx.levels import Levels
-from hvd_qgenx.quantize import check_gradient
-from hvd_qgenx.traffic import Communication
 
 
 class NoneCompressor:
@@ -56,7 +58,7 @@ class _Batch:
     def __init__(self, first: int):
         self.first = first
         self.tensors: list[Tensor] = []
-        self.gathered = None
+        self.arrived: Arrived | None = None
 
 
 class QGenXCompressor:
@@ -72,7 +74,7 @@ class QGenXCompressor:
         self.process_set = None if process_set is None else check_process_set(process_set)
         self._named = check_named_parameters(named_parameters) if named_parameters is not None else []
         self._communication = Communication()
-        self._exchange = None
+        self._made: CodedExchange | None = None
         self._open = _Batch(0)
         self._lock = threading.Lock()
 
@@ -122,52 +124,44 @@ class QGenXCompressor:
             ValueError: naming the argument and what is allowed.
         """
         settings = Settings(
-            bits,
-            levels,
-            coder,
-            norm,
-            bucket_size,
-            rounding,
-            min_numel,
-            adapt_at,
-            adapt_every,
-            seed,
-            nonfinite,
-            statistics,
-            rate_weight,
-        )
+            bits=bits, levels=levels, coder=coder, norm=norm, bucket_size=bucket_size, rounding=rounding,
+            min_numel=min_numel, adapt_at=adapt_at, adapt_every=adapt_every, seed=seed, nonfinite=nonfinite,
+            statistics=statistics, rate_weight=rate_weight,
+        )  # fmt: skip
         return QGenXCompressor(settings, named_parameters, process_set)
 
     def __repr__(self) -> str:
         return f"Compression.qgenx({', '.join(self.settings.describe())})"
 
     @property
-    def exchange(self):
-        """The exchange that this instance's tensors go through; needs Horovod."""
-        if self._exchange is None:
-            from hvd_qgenx.exchange import PayloadExchange
+    def _exchange(self) -> CodedExchange:
+        """What this instance's tensors go through; needs Horovod."""
+        if self._made is None:
+            check_horovod()
+            from hvd_qgenx.transports.horovod import HorovodTransport
 
-            self._exchange = PayloadExchange(self.settings, self.process_set, communication=self._communication)
-        return self._exchange
+            transport = HorovodTransport(self.process_set)
+            self._made = CodedExchange(self.settings, transport, communication=self._communication)
+        return self._made
 
     @property
     def communication(self):
-        """What was sent, its entropy and variance, what adaptation cost: a ``traffic.Communication``."""
+        """What was sent, its entropy and variance, what adaptation cost: a ``communication.Communication``."""
         return self._communication
 
     def compress(self, tensor: Tensor):
         """Keeps ``tensor`` for the next exchange. Returns the token that Horovod reduces, and a context."""
         if check_gradient(tensor).requires_grad:
             raise ValueError("gradient must not require a gradient itself: rounding has none")
-        group = self.exchange.group
-        if not group.included:
+        transport = self._exchange.transport
+        if not transport.included:
             raise ValueError("process_set of Compression.qgenx(process_set=...) does not include this rank")
         with self._lock:
             batch, index = self._open, len(self._open.tensors)
             batch.tensors.append(tensor)
-        token = torch.zeros(2 + group.size)
-        token[0], token[1 + group.rank], token[-1] = 1.0, self._number(batch, index), group.rank + 1
-        return group.communication.count(token), (batch, index)
+        token = torch.zeros(2 + transport.size, dtype=torch.float32, device="cpu")
+        token[0], token[1 + transport.rank], token[-1] = 1.0, self._number(batch, index), transport.rank + 1
+        return self._communication.count(token), (batch, index)
 
     @staticmethod
     def _number(batch: _Batch, index: int) -> int:
@@ -180,18 +174,18 @@ class QGenXCompressor:
             return token
         batch, index = ctx
         numbers = self._numbers(token.double(), self._number(batch, index))
-        if batch.gathered is None:
-            self._send(batch)
-        firsts = [record.first for record in batch.gathered.records]
+        if batch.arrived is None:
+            batch.arrived = self._send(batch)
+        firsts = [envelope.first for envelope in batch.arrived.envelopes]
         sections = [(number - 1 - first) % _CALLS for number, first in zip(numbers, firsts, strict=True)]
         tensor = batch.tensors[index]
-        mean = batch.gathered.mean_of(sections) * token[0]
-        (mean,) = self.exchange.check_finite([mean], [self._name(tensor, index)])
+        mean, broken = batch.arrived.mean_of(sections, float(token[0]))
+        self._exchange.report_broken([broken], [self._name(tensor, index)])
         return mean.view(tensor.shape).to(device=tensor.device, dtype=tensor.dtype)
 
     def _numbers(self, token: Tensor, own: int) -> list[int]:
         """For every rank, the number under which it kept the tensor that this token belongs to."""
-        size, rank = self.exchange.group.size, self.exchange.group.rank
+        size, rank = self._exchange.transport.size, self._exchange.transport.rank
         if token.shape == (2 + size,) and float(token[0]) != 0.0:
             scaled = (token[1:] * size / token[0]).nan_to_num(-1.0)
             is_linear = abs(float(scaled[-1]) - size * (size + 1) / 2) < 1e-3
@@ -202,11 +196,14 @@ class QGenXCompressor:
             "with the same compression on all ranks: Horovod changed the token as none of these would"
         )
 
-    def _send(self, batch: _Batch) -> None:
+    def _send(self, batch: _Batch) -> Arrived:
         with self._lock:
             self._open = _Batch((batch.first + len(batch.tensors)) % _CALLS)
-        outgoing = self.exchange.prepare(batch.tensors)
-        batch.gathered = self.exchange.gather(outgoing, self.exchange.record("step", first=batch.first))
+        exchange = self._exchange
+        fused = exchange.fuse(batch.tensors)
+        exchange.settle()
+        exchange.adapt_if_due(fused)
+        return exchange.receive(exchange.submit(fused, "step", first=batch.first))
 
     def _name(self, tensor: Tensor, index: int) -> str:
         for name, parameter in self._named:
@@ -216,11 +213,22 @@ class QGenXCompressor:
 
     def state_dict(self) -> dict:
         """Exchange counter, schedule position and codebook, equal on all ranks, as plain numbers."""
-        return self.exchange.state_dict()
+        return self._exchange.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         """Continues exactly from a ``state_dict``; ranks that load none take over the state of those that do."""
-        self.exchange.load_state_dict(state)
+        self._exchange.load_state_dict(state)
+
+
+def check_horovod() -> None:
+    """Raises ImportError, saying how to get Horovod, if it is not there."""
+    try:
+        import horovod.torch  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "exchanging gradients needs Horovod with PyTorch: pip install --no-build-isolation horovod "
+            "(see hvd_qgenx's README for a build that works with today's torch)"
+        ) from error
 
 
 class Compression:

@@ -8,40 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvd_qgenx.bitplanes import Reader
-from hvd_qgenx.words import CodeError, elias_omega
-
-RICE_BITS = 4  # of Rice's parameter, before a bucket's runs
-MOST_BITS = 24  # that a bucket's runs take, beside two for each of its elements
-
-
-def rice_parameter(inside: int, runs: int) -> int:
-    """The smallest k for which 2**(k + 1) runs are no fewer than the elements inside them.
-
-    The best one for runs of random lengths solves 2**k ln(golden ratio)**-1 = mean length: this is it within 4 %.
-    """
-    k = 0
-    while runs << (k + 1) < inside:
-        k += 1
-    return k
-
-
-def run_bits(kind: str, inside: float, numel: float) -> float:
-    """Expected bits of the runs for each of ``numel`` elements, each of which is in a run with that chance.
-
-    A run of Rice takes k + 1 + q / (1 - q) bits, q = inside**(2**k), the last one inside / (1 - q), and Rice's
-    parameter its own; a run of omega takes the mean over its lengths, the last one like the others.
-    """
-    share = 1.0 - inside
-    if kind == "omega":
-        lengths = range(round(numel) + 1)
-        mean = sum(share * inside**n * len(elias_omega(n + 1)) for n in lengths)
-        return (share + 1.0 / numel) * (mean + inside ** len(lengths) * len(elias_omega(len(lengths) + 1)))
-    k = rice_parameter(round(inside * numel), round(share * numel) + 1)
-    q, most = inside ** (2**k), numel / 2**k + 1.0
-    last = min(inside / (1.0 - q), most) if q < 1.0 else most
-    quotient = q / (1.0 - q) if q < 1.0 else 0.0
-    return share * (k + 1.0 + quotient) + (last + RICE_BITS) / numel
+from hvd_qgenx.backends.specification.planes import Reader
+from hvd_qgenx.backends.specification.rounding import integers
+from hvd_qgenx.words import RICE_BITS, CodeError, elias_omega, rice_parameter
 
 
 def _rice(run: int, k: int) -> str:
@@ -65,7 +34,7 @@ def run_plane(kind: str, ends: Tensor, counts: list[int]) -> tuple[Tensor, Tenso
         text = text if len(part) else ""
         owners += [bucket] * len(text)
         bits += map(int, text)
-    return torch.tensor(owners, dtype=torch.int64), torch.tensor(bits, dtype=torch.bool)
+    return integers(owners), torch.tensor(bits, dtype=torch.bool, device="cpu")
 
 
 def _omega_runs(runs: list[int], left: int) -> str:
@@ -79,7 +48,7 @@ def _rice_runs(runs: list[int], left: int, inside: int) -> str:
 
 def read_runs(kind: str, reader: Reader, counts: list[int]) -> Tensor:
     """bool[sum of counts]: which elements end a run, of so many in each bucket."""
-    parts = [torch.zeros(count, dtype=torch.bool) for count in counts]
+    parts = [torch.zeros(count, dtype=torch.bool, device="cpu") for count in counts]
     for bucket, ends in enumerate(parts):
         k = sum(reader.bit(bucket) << bit for bit in range(RICE_BITS)) if kind == "rice" and len(ends) else 0
         place = 0
@@ -93,7 +62,7 @@ def read_runs(kind: str, reader: Reader, counts: list[int]) -> Tensor:
         found = int(ends.sum())
         if kind == "rice" and k != rice_parameter(len(ends) - found, found + 1):
             raise CodeError("a Rice parameter that no encoder writes")
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool, device="cpu")
 
 
 def _read_rice(reader: Reader, bucket: int, k: int, left: int) -> int:

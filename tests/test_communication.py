@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hvd_qgenx.traffic import Communication
+from hvd_qgenx.communication import Communication
 
 
 def _entropy(counts):

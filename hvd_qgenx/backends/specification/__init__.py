@@ -1,0 +1,157 @@
+"""The specification: every operation in plain torch, which no production path runs and every backend is tested against.
+
+``rounding`` draws symbols, ``symbols``, ``runs`` and ``planes`` write them, ``payload`` puts the bytes together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_qgenx.backends.backend import Backend, Drawn, no_counts
+from hvd_qgenx.backends.specification.payload import Parsed, Quantized, pack, parse, symbols_of
+from hvd_qgenx.backends.specification.rounding import (
+    Buckets,
+    bucket_norms,
+    dequantize,
+    draw_symbols,
+    integers,
+    weighted_histograms,
+    weighted_moments,
+)
+from hvd_qgenx.codebook import Codebook
+from hvd_qgenx.key import Key
+from hvd_qgenx.layout import Layout
+from hvd_qgenx.levels import Levels
+from hvd_qgenx.payload import Header, check_codebook, expect
+
+__all__ = ["Quantized", "Specification", "quantize", "received"]
+
+
+def quantize(codebook: Codebook, norm: str, layout: Layout, key: Key, vector: Tensor) -> Quantized:
+    """The first half of ``encode``: draws a symbol for every coordinate that is not raw."""
+    is_coded = _coded_mask(layout)
+    buckets, coded = Buckets.cut(layout), vector[is_coded]
+    norms = bucket_norms(coded, buckets, norm)
+    symbols = draw_symbols(coded, norms, buckets, codebook.levels, key)
+    return Quantized(symbols, norms, _spoiled(vector[~is_coded], layout))
+
+
+def received(layout: Layout, quantized: Quantized, levels: Levels) -> Tensor:
+    """float32[n]: what every receiver will decode."""
+    coded = dequantize(quantized.symbols, quantized.norms, Buckets.cut(layout).bucket_of, levels)
+    return _join(layout, coded, quantized.raw)
+
+
+class Specification(Backend):
+    """The five functions in plain torch, on the CPU."""
+
+    name = "specification"
+
+    def encode(self, codebook, norm, layout, key, segments, out, inline):
+        vector = _joined(segments)
+        quantized = quantize(codebook, norm, layout, key, vector)
+        header = Header(norm, codebook.coder, codebook.levels.num_levels, layout, key, codebook.hash, inline)
+        payload = pack(header, codebook, quantized, Buckets.cut(layout))
+        out[: len(payload)] = payload
+        decoded = received(layout, quantized, codebook.levels)
+        counts = no_counts(codebook)
+        counts += torch.bincount(quantized.symbols.abs(), minlength=len(counts))
+        spoiled = tuple(bool(part.isnan().any()) for part in decoded.split(list(layout.sizes)))
+        return Drawn(len(payload), counts, *self.squared_error(vector, decoded), spoiled)
+
+    def decode_mean(self, codebook, payloads, targets, sections=None, factor=1.0):
+        sizes = [len(target) for target in targets]
+        expected = sum(sizes) if sections is None else None
+        decoded = [_decode(codebook, payload, expected) for payload in payloads]
+        if sections is None:
+            parts = [vector.split(sizes) for vector, _ in decoded]
+            sections = [range(len(targets))] * len(payloads)
+        else:
+            parts = [vector.split(list(layout.sizes)) for vector, layout in decoded]
+            _check_sections(parts, sizes, sections)
+        found = [
+            [own[places[index]] for own, places in zip(parts, sections, strict=True) if places[index] >= 0]
+            for index in range(len(targets))
+        ]
+        return tuple(_mean_into(*pair, len(payloads), factor) for pair in zip(targets, found, strict=True))
+
+    def parse(self, payload, numel=None):
+        return parse(payload, numel).header
+
+    def statistics(self, norm, layout, segments, form):
+        coded, buckets = _joined(segments)[_coded_mask(layout)], Buckets.cut(layout)
+        measure = weighted_histograms if form == "histogram" else weighted_moments
+        return measure(coded, buckets, bucket_norms(coded, buckets, norm))
+
+    def squared_error(self, vector, decoded):
+        finite = torch.where(decoded.isfinite(), vector, 0.0).double()
+        error = torch.where(decoded.isfinite(), decoded, 0.0).double() - finite
+        return float(error.square().sum()), float(finite.square().sum())
+
+
+def _decode(codebook: Codebook, payload: Tensor, numel: int | None) -> tuple[Tensor, Layout]:
+    """The vector of one payload, and how it is cut."""
+    parsed = parse(payload, numel)
+    layout, own = parsed.header.layout, _codebook_of(parsed, codebook)
+    symbols = symbols_of(parsed, own.code, Buckets.cut(layout))
+    return received(layout, Quantized(symbols, parsed.norms, parsed.raw), own.levels), layout
+
+
+def _codebook_of(parsed: Parsed, ours: Codebook) -> Codebook:
+    if parsed.codebook is not None:
+        return parsed.codebook
+    check_codebook(parsed.header, ours)
+    return ours
+
+
+def _check_sections(parts: Sequence[Sequence[Tensor]], sizes: Sequence[int], sections: Sequence[Sequence[int]]) -> None:
+    """A section is the target's size, or empty."""
+    for own, places in zip(parts, sections, strict=True):
+        for place, size in zip(places, sizes, strict=True):
+            expect(place < len(own), f"sizes are {len(own)}, section {place} is asked for")
+            found = len(own[place]) if place >= 0 else 0
+            expect(found in (0, size), f"sizes: section {place} has {found} coordinates, expected {size}")
+
+
+def _mean_into(target: Tensor, parts: Sequence[Tensor], count: int, factor: float) -> bool:
+    """Float32 sums in order, divided by ``count``, times ``factor``; whether the result holds NaN."""
+    present = [part for part in parts if len(part)]
+    if not present:
+        return False
+    target.copy_(present[0])
+    for part in present[1:]:
+        target.add_(part)
+    target.div_(count)
+    if factor != 1.0:
+        target.mul_(factor)
+    return bool(target.isnan().any())
+
+
+def _joined(segments: Sequence[Tensor]) -> Tensor:
+    return torch.cat([*segments, torch.zeros(0, dtype=torch.float32, device="cpu")])
+
+
+def _coded_mask(layout: Layout) -> Tensor:
+    """bool[n]: which coordinates belong to segments that are coded."""
+    sizes = integers(layout.sizes)
+    return torch.repeat_interleave(sizes >= layout.min_numel, sizes)
+
+
+def _join(layout: Layout, coded: Tensor, raw: Tensor) -> Tensor:
+    if len(raw) == 0:
+        return coded
+    is_coded = _coded_mask(layout)
+    vector = torch.empty(layout.numel, dtype=torch.float32, device="cpu")
+    vector[is_coded], vector[~is_coded] = coded, raw
+    return vector
+
+
+def _spoiled(raw: Tensor, layout: Layout) -> Tensor:
+    """Makes a raw segment NaN throughout if any of its coordinates is not finite, as a coded one would be."""
+    if bool(raw.isfinite().all()):
+        return raw
+    parts = raw.split(list(layout.raw_sizes))
+    return torch.cat([part if bool(part.isfinite().all()) else torch.full_like(part, torch.nan) for part in parts])

@@ -1,0 +1,127 @@
+"""The dense kind: one fused vector under any of Horovod's own compressors (none, fp16)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvd_qgenx.communication import Communication
+from hvd_qgenx.exchange.exchange import Collected, Exchange, Fused, Term, fuse
+from hvd_qgenx.transports import Pending, Transport
+
+
+@dataclass(frozen=True)
+class Announced:
+    """Vectors of which the other ranks have been told; they travel once it is known who has what."""
+
+    fused: Fused
+    pending: Pending
+    keep: bool
+
+
+class DenseExchange(Exchange):
+    """The mean by allreduce of one fused vector.
+
+    A small allgather goes first: it says which parameters each rank has, so that no rank sends a parameter that none
+    of them has, and carries the ranks' terms. Where vectors are kept the vector travels by allgather, too.
+
+    Args:
+        compression: any of Horovod's compressors: ``compress`` makes a tensor and a context, ``decompress`` undoes it.
+        predivide: splits the division of a mean before and after the sum.
+    """
+
+    def __init__(
+        self, compression, transport: Transport, op: str = "mean", predivide: float = 1.0,
+        communication: Communication | None = None,
+    ):  # fmt: skip
+        super().__init__(transport, op, communication)
+        self.compression, self.predivide = compression, predivide
+        self.dtype = torch.float32
+        self.kept_sizes: list[int] = []
+
+    def describe(self, lines: Sequence[str], dtypes: Sequence[torch.dtype]) -> None:
+        """All parameters travel in one vector, of a type that holds them all and that Horovod can reduce."""
+        super().describe(lines, dtypes)
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        self.dtype = torch.float32 if dtype == torch.bfloat16 else dtype
+
+    def settings_lines(self) -> list[str]:
+        return [f"compression={getattr(self.compression, '__name__', type(self.compression).__name__)}"]
+
+    def fuse(self, tensors: Sequence[Tensor | None]) -> Fused:
+        return fuse(tensors, lambda tensor: tensor.detach().to(device="cpu", dtype=self.dtype).reshape(-1))
+
+    def submit(self, fused: Fused, stage: str, term: Term | None = None, keep: bool = False) -> Announced:
+        self._count(fused)
+        own = term(self._as_received(fused)) if term else 0.0
+        present = torch.tensor([fused.present, fused.sizes], dtype=torch.int64, device="cpu")
+        pending = self.messenger.start_body(self.envelope(stage, own), present.view(torch.uint8).view(-1))
+        self.step += 1
+        return Announced(fused, pending, keep)
+
+    def collect(self, submitted: Announced, names: Sequence[str]) -> Collected:
+        envelopes, bodies = self.messenger.finish(submitted.pending)
+        others = torch.stack([body.clone().view(torch.int64).view(2, -1) for body in bodies])
+        present, common = others[:, 0].amax(dim=0).bool().tolist(), others[:, 1].amax(dim=0).tolist()
+        self.kept = None
+        vector = _joined(submitted.fused, common, self.dtype)
+        mean = (self._allgather if submitted.keep else self._allreduce)(vector)
+        self.kept_sizes = common
+        parts = mean.split(common)
+        self._spoil(parts, names)
+        means = [part if there else None for part, there in zip(parts, present, strict=True)]
+        return Collected(means, [envelope.term for envelope in envelopes])
+
+    def _as_received(self, fused: Fused) -> list[Tensor | None]:
+        vector = _joined(fused, fused.sizes, self.dtype)
+        rounded = self.compression.decompress(*self.compression.compress(vector))
+        return fused.pick(rounded.split(list(fused.sizes)))
+
+    def _spoil(self, parts: Sequence[Tensor], names: Sequence[str]) -> None:
+        """A parameter with one coordinate that is not finite is NaN throughout, as under any other kind."""
+        broken = [not bool(part.isfinite().all()) for part in parts]
+        self.report_broken(broken, names)
+        for part, is_broken in zip(parts, broken, strict=True):
+            if is_broken:
+                part.fill_(torch.nan)
+
+    def _allgather(self, vector: Tensor) -> Tensor:
+        compressed, context = self.compression.compress(vector)
+        _, bodies = self.messenger.gather(self.envelope("vectors"), compressed.view(torch.uint8))
+        received = [body.clone().view(compressed.dtype) for body in bodies]
+        self.kept = [self.compression.decompress(one, context) for one in received]
+        total = self.kept[0].clone()
+        for other in self.kept[1:]:
+            total.add_(other)
+        return total if self.op == "sum" else total.div_(len(self.kept))
+
+    def _allreduce(self, vector: Tensor) -> Tensor:
+        compressed, context = self.compression.compress(vector)
+        if len(compressed) == 0:
+            return vector
+        counted = self.communication.count(compressed)
+        pending = self.transport.allreduce(counted, "hvd_qgenx.allreduce", self.op == "mean", self.predivide)
+        return self.compression.decompress(pending.wait(), context)
+
+    def last_as_received(self) -> list[Tensor | None] | None:
+        return None if self.kept is None else list(self.kept[self.transport.rank].split(self.kept_sizes))
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "kept_sizes": self.kept_sizes}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.kept_sizes = state.get("kept_sizes", [])
+
+
+def _joined(fused: Fused, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """One fresh vector, with zeros for what other ranks have and this one does not."""
+    vector = torch.zeros(sum(sizes), dtype=dtype, device="cpu")
+    for part, segment in zip(vector.split(list(sizes)), fused.segments, strict=True):
+        if len(segment):
+            part.copy_(segment)
+    return vector

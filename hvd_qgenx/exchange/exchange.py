@@ -1,0 +1,220 @@
+"""The verbs of an exchange, declared once: the mean of a list of tensors over ranks.
+
+A caller says ``fuse``, ``settle``, ``adapt_if_due``, ``submit`` and ``collect``, in this order. A parameter may be
+absent (None) on some ranks, which counts as zero, or on all, which stays None.
+
+Algorithm 1 needs a rank's own vector again, in the next exchange. ``submit(keep=True)`` keeps it, and those of all
+ranks, so that ``state_dict`` is equal on all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hvd_qgenx.communication import Communication
+from hvd_qgenx.exchange.agreement import agree, leader_of, share_state
+from hvd_qgenx.exchange.message import DisagreementError, Envelope, Messenger
+from hvd_qgenx.transports import Transport
+
+OPERATIONS = ("mean", "sum")
+
+#: This rank's term of a sum over ranks, made from its own vectors as all ranks will receive them.
+Term = Callable[[list["Tensor | None"]], float]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A rank's tensors as flat vectors where they lie: ``present`` says which exist; those that do not are empty."""
+
+    present: tuple[bool, ...]
+    segments: tuple[Tensor, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Coordinates of each tensor; 0 for one that is absent."""
+        return tuple(map(len, self.segments))
+
+    def pick(self, vectors: Sequence[Tensor]) -> list[Tensor | None]:
+        """The vectors of the tensors that exist, and None for the others."""
+        return [vector if there else None for vector, there in zip(vectors, self.present, strict=True)]
+
+
+def fuse(tensors: Sequence[Tensor | None], flatten: Callable[[Tensor], Tensor]) -> Fused:
+    """``flatten`` makes a vector of a tensor, without a copy if it can."""
+    nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
+    segments = tuple(nothing if tensor is None else flatten(tensor) for tensor in tensors)
+    return Fused(tuple(tensor is not None for tensor in tensors), segments)
+
+
+class Collected(NamedTuple):
+    """The means, flat, None where no rank had the tensor; and all ranks' terms."""
+
+    means: list[Tensor | None]
+    terms: list[float]
+
+
+class Exchange(ABC):
+    """What all kinds share: the ranks, the count of exchanges, the agreement before the first of them.
+
+    Args:
+        transport: the ranks that exchange.
+        op: "mean" or "sum".
+        communication: where to count; None is a new count.
+    """
+
+    #: What a mean that is not finite does, see ``Compression.qgenx``.
+    nonfinite = "nan"
+
+    def __init__(self, transport: Transport, op: str = "mean", communication: Communication | None = None):
+        if op not in OPERATIONS:
+            raise ValueError("op must be hvd.Average or hvd.Sum: no other is defined for what is exchanged here")
+        self.op = op
+        self.transport = transport
+        self.messenger = Messenger(transport, communication or Communication())
+        self.step = 0
+        self.iteration = 0
+        self.description: list[str] = []
+        #: What every rank sent in the last exchange, if it was to be kept.
+        self.kept: list[Tensor] | None = None
+        self._agreed = False
+
+    @property
+    def communication(self) -> Communication:
+        """What this rank has handed to collectives, and what came of it."""
+        return self.messenger.communication
+
+    # ---- the verbs, in the order in which they are called ------------------------------------------------------------
+
+    @abstractmethod
+    def fuse(self, tensors: Sequence[Tensor | None]) -> Fused:
+        """A rank's tensors as vectors that can be sent; not copied where they are of the right kind already."""
+
+    def settle(self) -> None:
+        """Agrees with all ranks on settings and parameters, before the first exchange and after ``describe``.
+
+        Ranks that joined late take over the state of the one that is furthest.
+
+        Raises:
+            DisagreementError: on every rank, naming what differs.
+        """
+        self.transport.check_started()
+        if not self._agreed:
+            self._catch_up(agree(self.messenger, [*self.settings_lines(), *self.description], self._position()))
+            self._agreed = True
+
+    def adapt_if_due(self, fused: Fused, starts_iteration: bool = True) -> None:
+        """Counts an iteration that starts here; where levels adapt, all ranks may then fit new ones."""
+        self.iteration += starts_iteration
+
+    @abstractmethod
+    def submit(self, fused: Fused, stage: str, term: Term | None = None, keep: bool = False) -> Any:
+        """Sends this rank's vectors and returns at once, with what ``collect`` takes.
+
+        Args:
+            fused: what ``fuse`` made. It must not change before ``collect``.
+            stage: which half-step this is, "extrapolation" or "step".
+            term: makes this rank's term of a sum, which travels along.
+            keep: whether ``last_as_received`` will be asked for.
+        """
+
+    @abstractmethod
+    def collect(self, submitted: Any, names: Sequence[str]) -> Collected:
+        """Waits for all ranks and returns the mean, or sum, of each tensor.
+
+        The vectors of ``fused`` are overwritten where they can take the result; the means are then views of them. A
+        tensor that is not finite on some rank has NaN throughout, on all ranks, with one warning.
+
+        Args:
+            names: of the tensors, for messages.
+
+        Raises:
+            DisagreementError: on every rank, if ranks are not at the same exchange.
+            PayloadError: if what another rank sent is damaged.
+            FloatingPointError: on every rank, under nonfinite="raise".
+        """
+
+    # ---- around them -------------------------------------------------------------------------------------------------
+
+    def describe(self, lines: Sequence[str], dtypes: Sequence[torch.dtype]) -> None:
+        """What ranks must have in common, beside the exchange's own settings; compared before the next exchange."""
+        self.description, self._agreed = list(lines), False
+
+    def settings_lines(self) -> list[str]:
+        """The exchange's own settings, a line each."""
+        return []
+
+    def refuse(self) -> None:
+        """Takes the place of an exchange on a rank that cannot make it, so that the others learn it and do not wait."""
+        with contextlib.suppress(DisagreementError):
+            nothing = torch.zeros(0, dtype=torch.uint8, device="cpu")
+            self.messenger.gather(self.envelope("refusal"), nothing)
+
+    def envelope(self, stage: str, term: float = 0.0, first: int = 0, part: int = 0, phase: int = 0) -> Envelope:
+        """Of a message that belongs to the coming exchange."""
+        return Envelope(self.communication.number, self.step, stage, term, first, part, phase)
+
+    def last_as_received(self) -> list[Tensor | None] | None:
+        """This rank's vectors of the last exchange as all ranks received them; None if they were not kept."""
+        return None
+
+    def state_dict(self) -> dict:
+        """All memory, equal on all ranks."""
+        kept = None if self.kept is None else [sent.clone() for sent in self.kept]
+        return {"step": self.step, "iteration": self.iteration, "settings": self.settings_lines(), "kept": kept}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues exactly; what was kept by another number of ranks or under other settings is dropped."""
+        self.step, self.iteration = state["step"], state["iteration"]
+        kept = state["kept"] if state["settings"] == self.settings_lines() else None
+        self.kept = kept if kept is not None and len(kept) == self.transport.size else None
+
+    def _catch_up(self, positions: list[list[int]]) -> None:
+        if all(position == positions[0] for position in positions):
+            return
+        leader = leader_of(positions)
+        state = share_state(self.messenger, leader, self.state_dict())
+        if positions[self.transport.rank] != positions[leader]:
+            self.load_state_dict(state)
+
+    def _position(self) -> list[int]:
+        """How far this rank is: exchanges, iterations, codebooks, and what else two ranks may differ by."""
+        return [self.step, self.iteration, 0]
+
+    def _count(self, fused: Fused) -> None:
+        self.communication.exchanges += 1
+        self.communication.coordinates += sum(fused.sizes)
+
+    def report_broken(self, broken: Sequence[bool], names: Sequence[str]) -> None:
+        """Warns once of the means that are not finite, or raises, naming them."""
+        if not any(broken):
+            return
+        found = ", ".join(name for name, is_broken in zip(names, broken, strict=True) if is_broken)
+        message = f"the gradient of {found} is not finite on some rank: its mean is NaN on all ranks"
+        if self.nonfinite == "raise":
+            raise FloatingPointError(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+class Alone(Exchange):
+    """One rank alone: nothing is sent and nothing is rounded."""
+
+    def fuse(self, tensors: Sequence[Tensor | None]) -> Fused:
+        return fuse(tensors, lambda tensor: tensor.detach().reshape(-1))
+
+    def settle(self) -> None:
+        self.transport.check_started()
+
+    def submit(self, fused: Fused, stage: str, term: Term | None = None, keep: bool = False) -> Fused:
+        self.step += 1
+        return fused
+
+    def collect(self, submitted: Fused, names: Sequence[str]) -> Collected:
+        return Collected(submitted.pick(submitted.segments), [])

@@ -1,0 +1,160 @@
+"""Messages between ranks: an envelope before every body, padding to size classes, counting, comparison."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvd_qgenx.communication import Communication
+from hvd_qgenx.transports import Pending, Transport
+
+MAGIC, VERSION = b"QGXM", 1
+STAGES = ("step", "extrapolation", "agreement", "state", "adaptation", "vectors", "refusal")
+
+# Lengths that change at every step would evict Horovod's response cache, so messages are padded to classes of this
+# many significant bits: 1.6 % more bytes at worst.
+_SIGNIFICANT_BITS = 6
+_ENVELOPE = struct.Struct("<4sHBBQQIIHxxxxxxd")
+ENVELOPE_BYTES = _ENVELOPE.size
+
+
+class DisagreementError(RuntimeError):
+    """Ranks that were told, or that do, different things; raised on every rank, naming both."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What the sender of a message believes this exchange to be.
+
+    Args:
+        number: of the optimizer or compressor, see ``Communication.number``.
+        step: how many exchanges it has made.
+        stage: the half-step, or what else the message is for; one of ``STAGES``.
+        term: this rank's term of a sum.
+        first: the call number of the first tensor (the drop-in's; see ``compressor``).
+        part: of a vector that travels in parts.
+        phase: of a plan that has two.
+    """
+
+    number: int
+    step: int
+    stage: str
+    term: float = 0.0
+    first: int = 0
+    part: int = 0
+    phase: int = 0
+
+    def pack_into(self, buffer: Tensor, size: int) -> None:
+        """Writes the envelope to the start of ``buffer``, uint8, for a message of ``size`` bytes, itself included."""
+        head = _ENVELOPE.pack(
+            MAGIC, VERSION, STAGES.index(self.stage), self.phase, size, self.step, self.number, self.first,
+            self.part, self.term,
+        )  # fmt: skip
+        buffer[:ENVELOPE_BYTES] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+
+    def __str__(self) -> str:
+        return f"exchange {self.step} ({self.stage})"
+
+
+def size_class(size: int) -> int:
+    """The smallest number of ``_SIGNIFICANT_BITS`` + 1 significant bits that is not below ``size``."""
+    unit = 1 << max(size.bit_length() - 1 - _SIGNIFICANT_BITS, 4)
+    return -(-size // unit) * unit
+
+
+def seal(envelope: Envelope, buffer: Tensor, body_bytes: int) -> Tensor:
+    """The message whose body already lies behind the envelope's place in ``buffer``, padded to its class."""
+    size = ENVELOPE_BYTES + body_bytes
+    envelope.pack_into(buffer, size)
+    padded = buffer[: size_class(size)]
+    padded[size:] = 0  # what an earlier message left there is nobody's business
+    return padded
+
+
+def room_for(body_bytes: int) -> Tensor:
+    """A buffer for messages of up to so many bytes of body."""
+    return torch.empty(size_class(ENVELOPE_BYTES + body_bytes), dtype=torch.uint8, device="cpu")
+
+
+def unseal(message: Tensor, rank: int) -> tuple[Envelope, Tensor, int]:
+    """The envelope of a message that begins ``message``, its body, and all its bytes with the padding."""
+    if len(message) < ENVELOPE_BYTES:
+        raise DisagreementError(f"the message of rank {rank} has {len(message)} bytes, less than an envelope")
+    fields = _ENVELOPE.unpack(message[:ENVELOPE_BYTES].numpy().tobytes())
+    magic, version, stage, phase, size, step, number, first, part, term = fields
+    if (magic, version) != (MAGIC, VERSION):
+        raise DisagreementError(
+            f"rank {rank} speaks another language: its message begins with {magic!r} version {version}, this "
+            f"library's with {MAGIC!r} version {VERSION}; install one version of hvd_qgenx on all ranks"
+        )
+    if stage >= len(STAGES) or not ENVELOPE_BYTES <= size <= len(message):
+        raise DisagreementError(f"the envelope of rank {rank} is damaged: stage {stage}, {size} bytes")
+    envelope = Envelope(number, step, STAGES[stage], term, first, part, phase)
+    return envelope, message[ENVELOPE_BYTES:size], min(size_class(size), len(message))
+
+
+def split(gathered: Tensor) -> tuple[list[Envelope], list[Tensor]]:
+    """The messages in an allgather's output, in rank order, each found by the length in its envelope."""
+    envelopes, bodies, start = [], [], 0
+    while start < len(gathered):
+        envelope, body, taken = unseal(gathered[start:], len(bodies))
+        envelopes.append(envelope)
+        bodies.append(body)
+        start += taken
+    return envelopes, bodies
+
+
+def compare(envelopes: Sequence[Envelope], ranks: int) -> None:
+    """Raises DisagreementError unless so many ranks are at the same exchange."""
+    if len(envelopes) != ranks:
+        raise DisagreementError(f"{len(envelopes)} messages arrived, from {ranks} ranks")
+    first = envelopes[0]
+    for rank, other in enumerate(envelopes):
+        if other.number != first.number:
+            raise DisagreementError(
+                f"ranks use different optimizers or compressors: rank 0 the {first.number}. that it made, "
+                f"rank {rank} its {other.number}.; all ranks must make and use them in the same order"
+            )
+        if (other.step, other.stage) != (first.step, first.stage):
+            raise DisagreementError(f"ranks are out of step: rank 0 is at {first}, rank {rank} at {other}")
+        if (other.part, other.phase) != (first.part, first.phase):
+            raise DisagreementError(
+                f"ranks are out of step: rank 0 sent part {first.part} of phase {first.phase} of {first}, "
+                f"rank {rank} part {other.part} of phase {other.phase}"
+            )
+
+
+class Messenger:
+    """Sends messages over a transport, counts them, and compares what arrives.
+
+    All messages of part 0 go under one name, whatever they are for: ranks that do different things then meet and can
+    tell, instead of waiting for each other.
+    """
+
+    def __init__(self, transport: Transport, communication: Communication):
+        self.transport, self.communication = transport, communication
+
+    def start(self, message: Tensor, part: int = 0) -> Pending:
+        """Starts an allgather of a sealed message."""
+        name = f"hvd_qgenx.exchange.{part}" if part else "hvd_qgenx.exchange"
+        return self.transport.allgather(self.communication.count(message), name)
+
+    def finish(self, pending: Pending) -> tuple[list[Envelope], list[Tensor]]:
+        """All ranks' envelopes and bodies. Raises DisagreementError if they are not at the same exchange."""
+        envelopes, bodies = split(pending.wait())
+        compare(envelopes, self.transport.size)
+        return envelopes, bodies
+
+    def start_body(self, envelope: Envelope, body: Tensor) -> Pending:
+        """Starts an allgather of a small message, in a buffer of its own."""
+        buffer = room_for(len(body))
+        buffer[ENVELOPE_BYTES : ENVELOPE_BYTES + len(body)] = body
+        return self.start(seal(envelope, buffer, len(body)))
+
+    def gather(self, envelope: Envelope, body: Tensor) -> tuple[list[Envelope], list[Tensor]]:
+        """All ranks' envelopes and bodies, uint8, of a message that is waited for at once."""
+        return self.finish(self.start_body(envelope, body))

@@ -1,0 +1,77 @@
+"""Bytes without meaning: collectives on a group of ranks, each started at once and waited for later.
+
+A transport is a room beside ``horovod``; only that room imports its framework.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+
+class Pending(ABC):
+    """An operation that has been started."""
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether ``wait`` would return at once."""
+
+    @abstractmethod
+    def wait(self) -> Tensor:
+        """The result; sleeps meanwhile, so that slower ranks have the core."""
+
+
+class Transport(ABC):
+    """The ranks that exchange. Every verb returns at once; several operations may be in flight, each under its name.
+
+    All ranks must start operations of equal names; their order is free. A tensor that was handed over must not change
+    until its operation is done.
+    """
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """How many ranks take part; 1 on a rank that does not."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """This rank's place among them, from 0."""
+
+    @property
+    @abstractmethod
+    def global_rank(self) -> int:
+        """This rank's place among all ranks of the job."""
+
+    @property
+    @abstractmethod
+    def included(self) -> bool:
+        """Whether this rank takes part."""
+
+    @abstractmethod
+    def check_started(self) -> None:
+        """Raises RuntimeError, saying what to call first, if ranks are not connected."""
+
+    @abstractmethod
+    def allgather(self, message: Tensor, name: str) -> Pending:
+        """The messages of all ranks, uint8[n] each of any length, one after another in rank order."""
+
+    @abstractmethod
+    def alltoall(self, messages: Tensor, splits: Tensor, name: str) -> Pending:
+        """What all ranks have for this one, one after another in rank order.
+
+        Args:
+            messages: uint8[n], this rank's messages to ranks 0, 1, ... one after another.
+            splits: int32[size], their lengths.
+        """
+
+    @abstractmethod
+    def allreduce(self, vector: Tensor, name: str, mean: bool, predivide: float = 1.0) -> Pending:
+        """The sum over ranks of equal vectors, or their mean; overwrites ``vector``.
+
+        Args:
+            vector: floats, contiguous.
+            mean: whether the sum is divided by ``size``.
+            predivide: splits that division: 1 / predivide before the sum, predivide / size after it.
+        """
