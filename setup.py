@@ -5,12 +5,13 @@ from glob import glob
 from setuptools import Extension, setup
 
 CORE = "hvd_qgenx/csrc"
+SOURCES = ("qgenx", "encode", "decode", "statistics", "payload", "layout", "code", "portable", "avx2")
 
 setup(
     ext_modules=[
         Extension(
             "hvd_qgenx._core",
-            sources=[f"{CORE}/{name}.cpp" for name in ("qgenx", "payload", "code", "portable", "avx2")],
+            sources=[f"{CORE}/{name}.cpp" for name in SOURCES],
             depends=glob(f"{CORE}/*.h"),
             language="c++",
             # No contraction: a product and a sum are rounded one after the other, on every path.

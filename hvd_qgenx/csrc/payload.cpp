@@ -110,18 +110,6 @@ int check_values(const Parsed &parsed, Failure &failure) {
 
 }  // namespace
 
-void Layout::count() {
-    numel = raw = buckets = 0;
-    for (uint32_t segment = 0; segment < num_segments; segment++) {
-        uint64_t n = size(segment);
-        numel += n;
-        if (is_raw(segment))
-            raw += n;
-        else
-            buckets += n / bucket_size + (n % bucket_size != 0);
-    }
-}
-
 uint64_t inline_bytes(const qgenx_codebook &book) { return 6 * uint64_t(book.num_levels) + 1; }
 
 uint64_t bound_of(const Layout &layout, const Code &code, uint64_t inlined) {
