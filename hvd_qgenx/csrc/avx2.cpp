@@ -42,7 +42,7 @@ inline uint64_t above_mask(const int8_t *symbols, int least) {
 
 inline uint64_t negative_mask(const int8_t *symbols) { return top_bits(load(symbols), load(symbols + 32)); }
 
-#include "avx2_words.h"
+#include "avx2_words.inl"
 
 /* ---- symbols to values ------------------------------------------------------------------------------------------- */
 
@@ -183,11 +183,11 @@ void accumulate(const Code &code, const uint8_t *symbols, int n, const float *ta
     run(symbols, n, table, code.num_levels, out, add, divisor, ahead);
 }
 
-#include "avx2_round.h"
-#include "bits.h"
-#include "words.h"
-#include "runs.h"
-#include "bucket.h"
+#include "avx2_round.inl"
+#include "bits.inl"
+#include "words.inl"
+#include "runs.inl"
+#include "bucket.inl"
 
 /* ---- norms ------------------------------------------------------------------------------------------------------- */
 

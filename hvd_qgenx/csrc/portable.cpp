@@ -142,10 +142,10 @@ void round_values(const Code &code, const float *values, int n, float norm, cons
     }
 }
 
-#include "bits.h"
-#include "words.h"
-#include "runs.h"
-#include "bucket.h"
+#include "bits.inl"
+#include "words.inl"
+#include "runs.inl"
+#include "bucket.inl"
 
 /* 16 lanes in float64, folded in halves, the root rounded up: docs/wire_format.md. */
 float l2(const float *values, int n) {

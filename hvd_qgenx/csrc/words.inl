@@ -1,5 +1,6 @@
 /* Code words of a bucket's symbols, depth by depth: the first bits of all words, the second bits of those that have
- * one, and so on. It is included into a path's namespace, which must also have: word_planes, symbols_of.
+ * one, and so on.
+ * Included by avx2.cpp and portable.cpp, each into its namespace, after bits.inl. Needs there: word_planes, symbols_of.
  */
 
 static const char *const PAST_END = "a bucket whose code words pass its end";

@@ -1,4 +1,6 @@
-/* Stochastic rounding of 32 elements at a time. It is included into avx2.cpp. */
+/* Stochastic rounding of 32 elements at a time.
+ * Included by avx2.cpp alone, into its namespace. Needs there: load, store.
+ */
 
 /* Evenly spaced levels; at most seven short ones; at most 8, at most 15, more of any kind. */
 enum class Kind { UNIFORM, FEW, EIGHT, SOME, MANY };

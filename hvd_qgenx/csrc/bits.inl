@@ -1,4 +1,5 @@
-/* Bits one after another, lowest first. It is included into a path's namespace, which must have: pext, pdep, popcount.
+/* Bits one after another, lowest first.
+ * Included by avx2.cpp and portable.cpp, each into its namespace. Needs there: pext, pdep, popcount.
  */
 
 /* Appends bits. Writes up to 8 bytes past what it has been given. */

@@ -1,4 +1,6 @@
-/* Symbols to the bits of their code words, as masks for each depth, and back. It is included into avx2.cpp. */
+/* Symbols to the bits of their code words, as masks for each depth, and back.
+ * Included by avx2.cpp alone, into its namespace. Needs there: load, store, twice, top_bits.
+ */
 
 /* The bits of `places` change places with those SHIFT above them. */
 template <int SHIFT>

@@ -1,5 +1,6 @@
-/* Runs of zeros, or of ones among what is not zero, between the elements that end them. It is included into a path's
- * namespace, which must also have: lowest (number of the lowest set bit), above_mask, negative_mask, signs_of.
+/* Runs of zeros, or of ones among what is not zero, between the elements that end them.
+ * Included by avx2.cpp and portable.cpp, each into its namespace, after bits.inl and words.inl. Needs there: lowest
+ * (number of the lowest set bit), above_mask, negative_mask, signs_of.
  */
 
 /* Golomb-Rice: `gap` >> k zeros, a one, the k low bits. */
