@@ -259,7 +259,7 @@ int fixed_width(int num_levels) { return bit_length(2 * uint32_t(num_levels)); }
 uint64_t most_bytes(const Code &code, uint64_t n) {
     if (code.width) return (n * uint64_t(code.width) + 7) / 8;
     uint64_t stages = code.runs == Runs::NONE ? 0 : code.ones ? 2 : 1;
-    return (n * (uint64_t(code.depth) + 2 * stages) + 24 * stages + 7) / 8;
+    return (n * (uint64_t(code.depth) + 2 * stages) + RUNS_MOST_BITS * stages + 7) / 8;
 }
 
 }  // namespace qgenx

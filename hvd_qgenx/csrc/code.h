@@ -70,6 +70,12 @@ const char *prepare(const qgenx_codebook &book, Code &code, bool reading);
 /* Bits that name the symbols -s ... s. */
 int fixed_width(int num_levels);
 
+/* What one stage of runs in a bucket, of zeros or of ones, takes at most beside two bits for each of its elements. */
+constexpr uint64_t RUNS_MOST_BITS = 24;
+
+/* What one symbol takes at most, two such stages included; so the bytes of a bucket fit the 16 bits of its length. */
+constexpr uint64_t SYMBOL_MOST_BITS = 20;
+
 /* The most bytes that the code of n symbols takes. */
 uint64_t most_bytes(const Code &code, uint64_t n);
 

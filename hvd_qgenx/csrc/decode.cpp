@@ -107,7 +107,7 @@ int decode_mean(const qgenx_codebook &book, const uint8_t *const *payloads, cons
     std::vector<Parsed> parsed(count);
     bool alike = true;
     for (uint32_t i = 0; i < count; i++) {
-        if (parse(payloads[i], sizes[i], int64_t(numel), kernels, parsed[i], failure)) return failure.status;
+        if (parse(payloads[i], sizes[i], int64_t(numel), kernels.crc, parsed[i], failure)) return failure.status;
         if (adopt(book, code, parsed[i], failure)) return failure.status;
         alike = alike && parsed[i].layout.same_cut(parsed[0].layout);
     }

@@ -147,7 +147,7 @@ int encode(const qgenx_codebook &book, const qgenx_job &job, const float *vector
         coded = encode_buckets(encoding, sections, threads, counts);
     }
     *size = uint64_t(sections.coded - out) + coded + CHECKSUM;
-    store(out + 12, *size);
+    store(out + At::SIZE, *size);
     store(out + *size - CHECKSUM, checksum(kernels, out, *size - CHECKSUM, threads));
     return QGENX_OK;
 }

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 
+#include "checksum.h"
 #include "code.h"
 
 namespace qgenx {
@@ -41,7 +42,7 @@ struct Scratch {
           indices(new uint8_t[bucket + PAD]),
           positions(new uint16_t[2 * (bucket + 1)]),
           scaled(new float[bucket + PAD]),
-          bytes(new uint8_t[size_t(bucket) * 20 / 8 + bucket / 8 + 3 * PAD]),
+          bytes(new uint8_t[size_t(bucket) * SYMBOL_MOST_BITS / 8 + bucket / 8 + 3 * PAD]),
           passing(new uint64_t[size_t(nodes > 0 ? nodes : 1) * words]()),
           planes(new uint64_t[size_t(18) * words]()) {}
 };
@@ -69,8 +70,7 @@ struct Kernels {
     /* The sums of 1, r and r^2 over a bucket, in units of 2^-16, and these times `weight` in units of one. */
     void (*moments)(const float *values, int n, float norm, uint32_t weight, int64_t *weighted, int64_t *plain,
                     Scratch &scratch);
-    /* CRC-32C of `size` bytes, going on from that of those before. */
-    uint32_t (*crc)(uint32_t crc, const uint8_t *data, uint64_t size);
+    Checksum crc;
 };
 
 const Kernels &portable_kernels();
@@ -83,29 +83,6 @@ const Kernels &avx2_kernels();
 
 /* A power of two by which values and norm are multiplied first, so that 1 / norm is a normal number. */
 inline float scale_of(float norm) { return norm < 0x1p-100f ? 0x1p100f : norm > 0x1p100f ? 0x1p-100f : 1.0f; }
-
-/* ---- the CRC-32C of two pieces, from those of each --------------------------------------------------------- */
-
-constexpr uint32_t CRC_POLYNOMIAL = 0x82F63B78u; /* Castagnoli's, lowest bit first */
-
-inline uint32_t crc_multiply(uint32_t a, uint32_t b) {
-    uint32_t product = 0;
-    for (; a; a <<= 1) {
-        if (a & 0x80000000u) product ^= b;
-        b = (b >> 1) ^ ((b & 1) ? CRC_POLYNOMIAL : 0);
-    }
-    return product;
-}
-
-/* What `size` zero bytes make of a register: its product with x^(8 size). */
-inline uint32_t crc_shift(uint32_t crc, uint64_t size) {
-    uint32_t power = 0x00800000u; /* x^8 */
-    for (; size; size >>= 1) {
-        if (size & 1) crc = crc_multiply(power, crc);
-        power = crc_multiply(power, power);
-    }
-    return crc;
-}
 
 }  // namespace qgenx
 

@@ -6,13 +6,40 @@
 #include <cstdio>
 #include <vector>
 
+#include "checksum.h"
 #include "code.h"
-#include "kernels.h"
 #include "layout.h"
 
 namespace qgenx {
 
-constexpr uint32_t VERSION = 3, HEADER = 72, CHECKSUM = 4;
+constexpr uint32_t VERSION = 3, CHECKSUM = 4; /* the latter in bytes */
+
+/* Where the header's fields begin, and after them where it ends. */
+struct At {
+    enum : uint32_t {
+        MAGIC = 0,
+        VERSION = 4,
+        FLAGS = 6,
+        NORM = 7,
+        CODER = 8,
+        NUM_LEVELS = 9,
+        RESERVED = 10,
+        SIZE = 12,
+        NUMEL = 20,
+        NUM_SEGMENTS = 28,
+        MIN_NUMEL = 32,
+        BUCKET_SIZE = 36,
+        SEED = 40,
+        STEP = 48,
+        RANK = 56,
+        STREAM = 60,
+        CODEBOOK = 64,
+        END = 72
+    };
+};
+
+constexpr uint8_t FLAG_INLINE = 1; /* of At::FLAGS: levels and code lengths follow the header */
+
 
 /* What has gone wrong, as a value. */
 struct Failure {
@@ -53,8 +80,7 @@ uint64_t inline_bytes(const qgenx_codebook &book);
 uint64_t bound_of(const Layout &layout, const Code &code, uint64_t inlined);
 Sections write_header(const qgenx_codebook &book, const qgenx_job &job, const Layout &layout, const Code &code,
                       uint8_t *out);
-int parse(const uint8_t *data, uint64_t size, int64_t expected, const Kernels &kernels, Parsed &parsed,
-          Failure &failure);
+int parse(const uint8_t *data, uint64_t size, int64_t expected, Checksum crc, Parsed &parsed, Failure &failure);
 
 }  // namespace qgenx
 

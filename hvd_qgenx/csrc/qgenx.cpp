@@ -70,7 +70,7 @@ int qgenx_parse(const uint8_t *payload, uint64_t size, int64_t expected, uint64_
                 char *message) {
     return guarded(message, [&](Failure &failure) {
         Parsed parsed;
-        if (parse(payload, size, expected, kernels_of(path), parsed, failure)) return failure.status;
+        if (parse(payload, size, expected, kernels_of(path).crc, parsed, failure)) return failure.status;
         *numel = parsed.layout.numel;
         return int(QGENX_OK);
     });

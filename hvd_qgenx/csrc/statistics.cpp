@@ -8,6 +8,8 @@
 namespace qgenx {
 namespace {
 
+constexpr int WEIGHT_BITS = 20; /* the heaviest bucket of a vector weighs 2^19 to 2^20 */
+
 /* What is counted of every bucket, and into what. */
 struct Counting {
     const Layout &layout;
@@ -36,7 +38,7 @@ int32_t exponent_of(const std::vector<float> &norms, int32_t minimum) {
         if (std::isfinite(norm)) heaviest = std::max(heaviest, double(norm) * double(norm));
     int exponent = 0;
     std::frexp(heaviest, &exponent);
-    return heaviest > 0.0 ? exponent - 20 : minimum;
+    return heaviest > 0.0 ? exponent - WEIGHT_BITS : minimum;
 }
 
 }  // namespace

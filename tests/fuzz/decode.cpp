@@ -12,7 +12,7 @@
 namespace {
 
 constexpr uint64_t MOST = 1 << 16; /* coordinates that are decoded; the caller allocates them, not the core */
-constexpr size_t OPTIONS = 40, CUT = 46;
+constexpr size_t OPTIONS = At::SEED, CUT = At::SEED + 6;
 const char *const NAMES[] = {"size",        "magic", "version", "checksum", "flags",   "reserved", "norm",
                              "coder",       "num_levels", "bucket_size", "numel", "levels", "code lengths", "codebook",
                              "sizes",       "raw",   "norms",   "lengths",  "coded"};
@@ -51,9 +51,9 @@ Input read_input(const uint8_t *data, size_t size) {
     if (options & 4) input.payloads.push_back(input.payloads[0]);
     for (Bytes &payload : input.payloads)
         if (!(options & 1)) sign(payload);
-    bool whole = size >= HEADER_BYTES;
-    uint32_t coder = whole ? data[8] % 6 : 0, num_levels = whole ? (data[9] - 1u) % QGENX_MAX_LEVELS + 1 : 3;
-    uint64_t hash = whole ? get<uint64_t>(data + 64) + (options & 8) : 0;
+    bool whole = size >= At::END;
+    uint32_t coder = whole ? data[At::CODER] % 6 : 0, num_levels = whole ? (data[At::NUM_LEVELS] - 1u) % QGENX_MAX_LEVELS + 1 : 3;
+    uint64_t hash = whole ? get<uint64_t>(data + At::CODEBOOK) + (options & 8) : 0;
     input.book = make_book(coder, num_levels, Table::UNIFORM, Words(options >> 4 & 1 ? Words::RUNS : Words::FLAT), hash);
     return input;
 }

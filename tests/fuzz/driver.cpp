@@ -51,7 +51,7 @@ std::vector<Bytes> make_payloads(Random &random) {
                 qgenx_job job = make_job(sizes, words == Words::SKEWED ? 16384 : 64, coder & 1, 4, num_levels != 7);
                 Bytes payload = encode(book, job, make_vector(200, random), 1, QGENX_PORTABLE);
                 made.push_back(payload);
-                put(payload.data() + 40, uint64_t(2) | uint64_t(payload.size()) << 48);
+                put(payload.data() + At::SEED, uint64_t(2) | uint64_t(payload.size()) << 48);
                 payload.insert(payload.end(), made.back().begin(), made.back().end());
                 made.push_back(payload);
             }
@@ -78,12 +78,12 @@ void mutate(Bytes &input, const std::vector<Bytes> &others, Random &random) {
         case 4: { /* a header's field */
             const Field &field = FIELDS[random.below(sizeof(FIELDS) / sizeof(*FIELDS))];
             uint64_t value = EXTREMES[random.below(sizeof(EXTREMES) / sizeof(*EXTREMES))];
-            if (input.size() >= HEADER_BYTES) memcpy(&input[field.offset], &value, field.size);
+            if (input.size() >= At::END) memcpy(&input[field.offset], &value, field.size);
             break;
         }
         case 5: { /* four or eight bytes behind the header */
             uint64_t value = EXTREMES[random.below(sizeof(EXTREMES) / sizeof(*EXTREMES))], size = 4 << random.below(2);
-            if (at >= HEADER_BYTES && at + size <= input.size()) memcpy(&input[at], &value, size);
+            if (at >= At::END && at + size <= input.size()) memcpy(&input[at], &value, size);
             break;
         }
         case 6: /* another's end */

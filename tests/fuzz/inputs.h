@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "payload.h"
 #include "qgenx.h"
 
 #define REQUIRE(condition)                                                                    \
@@ -23,14 +24,17 @@
 
 using Bytes = std::vector<uint8_t>;
 
-constexpr size_t HEADER_BYTES = 72, CHECKSUM_BYTES = 4;
+using qgenx::At;
+using qgenx::CHECKSUM;
 
 /* Where the header's fields begin, and their bytes. */
 struct Field {
     size_t offset, size;
 };
-constexpr Field FIELDS[] = {{0, 4},  {4, 2},  {6, 1},  {7, 1},  {8, 1},  {9, 1},  {10, 2}, {12, 8},
-                            {20, 8}, {28, 4}, {32, 4}, {36, 4}, {40, 8}, {48, 8}, {56, 4}, {60, 4}, {64, 8}};
+constexpr Field FIELDS[] = {{At::MAGIC, 4}, {At::VERSION, 2}, {At::FLAGS, 1}, {At::NORM, 1}, {At::CODER, 1},
+                            {At::NUM_LEVELS, 1}, {At::RESERVED, 2}, {At::SIZE, 8}, {At::NUMEL, 8},
+                            {At::NUM_SEGMENTS, 4}, {At::MIN_NUMEL, 4}, {At::BUCKET_SIZE, 4}, {At::SEED, 8},
+                            {At::STEP, 8}, {At::RANK, 4}, {At::STREAM, 4}, {At::CODEBOOK, 8}};
 
 template <class T>
 inline T get(const uint8_t *at) {
@@ -46,9 +50,9 @@ inline void put(uint8_t *at, T value) {
 
 /* Makes size and checksum right, so that the rest is looked at. */
 inline void sign(Bytes &payload) {
-    if (payload.size() < HEADER_BYTES + CHECKSUM_BYTES) return;
-    put(payload.data() + 12, uint64_t(payload.size()));
-    size_t content = payload.size() - CHECKSUM_BYTES;
+    if (payload.size() < At::END + CHECKSUM) return;
+    put(payload.data() + At::SIZE, uint64_t(payload.size()));
+    size_t content = payload.size() - CHECKSUM;
     put(payload.data() + content, qgenx::portable_kernels().crc(0, payload.data(), content));
 }
 
