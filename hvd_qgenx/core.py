@@ -57,7 +57,7 @@ class _Job(Structure):
         ("step", c_uint64),
         ("rank", c_uint32),
         ("stream", c_uint32),
-        ("words", c_uint32 * 2),
+        ("key", c_uint32 * 2),
         ("inline_codebook", c_uint32),
     ]
 
@@ -78,7 +78,7 @@ def _library() -> ctypes.CDLL:
             f"or set {SWITCH}=reference for the slow path in plain torch"
         )
     library = ctypes.CDLL(spec.origin)
-    library.qgenx_error.restype = None
+    library.qgenx_squared_error.restype = None
     return library
 
 
@@ -182,7 +182,8 @@ def squared_error(vector: Tensor, decoded: Tensor) -> tuple[float, float]:
     _check(decoded, torch.float32, len(vector))
     error, norm = c_double(), c_double()
     at, other = _pointer(vector, torch.float32), _pointer(decoded, torch.float32)
-    _library().qgenx_error(at, other, c_uint64(len(vector)), byref(error), byref(norm), c_int(torch.get_num_threads()))
+    threads = c_int(torch.get_num_threads())
+    _library().qgenx_squared_error(at, other, c_uint64(len(vector)), byref(error), byref(norm), threads)
     return error.value, norm.value
 
 

@@ -11,15 +11,15 @@ struct Rounding {
     __m256 scale, top, unit; /* of UNIFORM: s 2^b / norm and s 2^b; of the others: 1 / norm and 1 */
     __m256 levels[2], gaps[2];
     __m256i short_levels[6]; /* upper halves of l_1 and on, less one in the last place */
-    __m256i words[2];
+    __m256i key[2];
 };
 
 inline __m256i random_bits(const Rounding &r, __m256i counter) {
-    __m256i x = _mm256_add_epi32(counter, r.words[0]);
+    __m256i x = _mm256_add_epi32(counter, r.key[0]);
     x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
     x = _mm256_mullo_epi32(x, _mm256_set1_epi32(0x7FEB352D));
     x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 15));
-    x = _mm256_add_epi32(x, r.words[1]);
+    x = _mm256_add_epi32(x, r.key[1]);
     x = _mm256_mullo_epi32(x, _mm256_set1_epi32(int(0x846CA68Bu)));
     return _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
 }
@@ -142,8 +142,8 @@ void round_values(const Code &code, const float *values, int n, float norm, cons
                {_mm256_loadu_ps(code.levels), _mm256_loadu_ps(code.levels + 8)},
                {_mm256_loadu_ps(code.unit_gaps), _mm256_loadu_ps(code.unit_gaps + 8)},
                {},
-               {_mm256_set1_epi32(int(draws.words[0] + uint32_t(draws.position))),
-                _mm256_set1_epi32(int(draws.words[1] + uint32_t(draws.position >> 32) * 0x9E3779B9u))}};
+               {_mm256_set1_epi32(int(draws.key[0] + uint32_t(draws.position))),
+                _mm256_set1_epi32(int(draws.key[1] + uint32_t(draws.position >> 32) * 0x9E3779B9u))}};
     for (int i = 0; i < 6; i++) r.short_levels[i] = _mm256_set1_epi16(code.short_levels[i]);
     bool all_bits = code.draw_bits == 16;
     if (uniform && all_bits) return round_all<Kind::UNIFORM, 16>(r, values, n, symbols);

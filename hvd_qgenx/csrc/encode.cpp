@@ -40,7 +40,7 @@ struct Encoding {
         uint8_t *place = norms + 4 * walk.bucket;
         float norm = norms_known ? load<float>(place) : kernels.norm(job.norm, values, n);
         store(place, norm);
-        Draws draws{walk.position(), {job.words[0], job.words[1]}};
+        Draws draws{walk.position(), {job.key[0], job.key[1]}};
         if (std::isfinite(norm))
             kernels.round(code, values, n, norm, draws, symbols, scratch);
         else

@@ -27,30 +27,30 @@ struct Ahead {
 /* Memory of one thread for buckets of up to `bucket` elements, never shared. */
 struct Scratch {
     Ahead ahead;
-    int words; /* 64-bit masks that cover a bucket, a multiple of four */
+    int masks; /* of 64 bits that cover a bucket, a multiple of four */
     std::unique_ptr<int8_t[]> symbols;
     std::unique_ptr<uint8_t[]> indices; /* symbols too, on the way back */
     std::unique_ptr<uint16_t[]> positions; /* of the elements behind a bucket's runs, then of those behind the ones' */
     std::unique_ptr<float[]> scaled;
     std::unique_ptr<uint8_t[]> bytes;
-    std::unique_ptr<uint64_t[]> passing; /* [node][word]: elements whose code word begins with the node's prefix */
-    std::unique_ptr<uint64_t[]> planes;  /* [bit][word]: 16 of the code words, and two more masks */
+    std::unique_ptr<uint64_t[]> passing; /* [node][mask]: elements whose code word begins with the node's prefix */
+    std::unique_ptr<uint64_t[]> planes;  /* [bit][mask]: 16 of the code words, and two more masks */
 
     Scratch(int bucket, int nodes)
-        : words((bucket + 255) / 256 * 4),
+        : masks((bucket + 255) / 256 * 4),
           symbols(new int8_t[bucket + PAD]),
           indices(new uint8_t[bucket + PAD]),
           positions(new uint16_t[2 * (bucket + 1)]),
           scaled(new float[bucket + PAD]),
           bytes(new uint8_t[size_t(bucket) * SYMBOL_MOST_BITS / 8 + bucket / 8 + 3 * PAD]),
-          passing(new uint64_t[size_t(nodes > 0 ? nodes : 1) * words]()),
-          planes(new uint64_t[size_t(18) * words]()) {}
+          passing(new uint64_t[size_t(nodes > 0 ? nodes : 1) * masks]()),
+          planes(new uint64_t[size_t(18) * masks]()) {}
 };
 
 /* A bucket's place among the draws: where it begins in the vector, and the key. */
 struct Draws {
     uint64_t position;
-    uint32_t words[2];
+    uint32_t key[2];
 };
 
 struct Kernels {

@@ -91,7 +91,7 @@ int qgenx_statistics(const qgenx_job *job, const float *vector, qgenx_form form,
     });
 }
 
-void qgenx_error(const float *vector, const float *decoded, uint64_t numel, double *squared_error,
-                 double *squared_norm, int threads) {
+void qgenx_squared_error(const float *vector, const float *decoded, uint64_t numel, double *squared_error,
+                         double *squared_norm, int threads) {
     qgenx::squared_error(vector, decoded, numel, squared_error, squared_norm, threads);
 }

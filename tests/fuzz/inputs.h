@@ -109,8 +109,8 @@ inline qgenx_job make_job(const std::vector<uint64_t> &sizes, uint32_t bucket_si
     job.min_numel = min_numel;
     job.bucket_size = bucket_size;
     job.norm = norm;
-    job.words[0] = 0x12345678u;
-    job.words[1] = 0x9abcdef0u;
+    job.key[0] = 0x12345678u;
+    job.key[1] = 0x9abcdef0u;
     job.inline_codebook = with_codebook;
     return job;
 }

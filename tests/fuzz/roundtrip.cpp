@@ -147,7 +147,7 @@ void in_threads(const qgenx_codebook &book) {
     round_trip(book, job, vector, 3);
     for (qgenx_form form : {QGENX_HISTOGRAM, QGENX_MOMENTS}) statistics(job, vector, 3, form);
     double error = 0, norm = 0;
-    qgenx_error(vector.data(), vector.data(), vector.size(), &error, &norm, 3);
+    qgenx_squared_error(vector.data(), vector.data(), vector.size(), &error, &norm, 3);
     REQUIRE(error == 0 && norm > 0);
     starve(book, job, vector, 2);
     Bytes payload = encode(book, job, vector, 3, qgenx_best_path());
