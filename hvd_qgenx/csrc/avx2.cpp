@@ -178,7 +178,7 @@ void accumulate_by(const uint8_t *symbols, int n, const float *table, int num_le
 void accumulate(const Code &code, const uint8_t *symbols, int n, const float *table, float *out, bool add,
                 float divisor, Ahead &ahead) {
     auto run = code.few       ? accumulate_by<Values::FEW>
-               : code.uniform ? accumulate_by<Values::EVEN>
+               : code.search == Search::UNIFORM ? accumulate_by<Values::EVEN>
                               : accumulate_by<Values::MANY>;
     run(symbols, n, table, code.num_levels, out, add, divisor, ahead);
 }

@@ -110,7 +110,7 @@ inline uint32_t hash(uint32_t x, const uint32_t *key) {
 
 int level_below(const Code &code, float u) {
     int last = code.num_levels - 1, j = 0;
-    if (!code.start.empty()) {
+    if (code.search == Search::SLOTS) {
         uint32_t bits;
         memcpy(&bits, &u, 4);
         j = code.start[size_t(slot_of(bits))];
@@ -128,7 +128,7 @@ void round_values(const Code &code, const float *values, int n, float norm, cons
         uint32_t random = hash(uint32_t(i / 16 * 8 + i % 8), key);
         int draw = int((i & 8 ? random >> 16 : random & 0xFFFFu) >> (16 - code.draw_bits)), index;
         float magnitude = fabsf(values[i]);
-        if (code.uniform) {
+        if (code.search == Search::UNIFORM) {
             float x = magnitude * uniform_scale;
             index = (int(lrintf(x < top ? x : top)) + draw) >> code.draw_bits;
         } else {

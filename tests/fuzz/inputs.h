@@ -56,7 +56,7 @@ inline void sign(Bytes &payload) {
     put(payload.data() + content, qgenx::portable_kernels().crc(0, payload.data(), content));
 }
 
-enum class Table { UNIFORM, EXPONENTIAL, CROWDED };
+enum class Table { UNIFORM, EXPONENTIAL, CROWDED, TINY, COUNT };
 enum class Words { FLAT, SKEWED, RUNS, ONES };
 
 inline uint32_t bits_of(uint32_t n) { return n ? 1 + bits_of(n / 2) : 0; }
@@ -94,6 +94,7 @@ inline qgenx_codebook make_book(uint32_t coder, uint32_t num_levels, Table table
         book.levels[j] = float(table == Table::UNIFORM ? place
                                : table == Table::CROWDED && j && j < num_levels ? 0.5 + place / 4096
                                : table == Table::CROWDED ? place
+                               : table == Table::TINY ? (j < num_levels ? j * 0x1p-126 : 1.0)
                                : j ? std::pow(0.8, num_levels - j) : 0.0);
     }
     for (uint32_t i = 0; i <= 2 * num_levels; i++)

@@ -106,7 +106,7 @@ std::vector<qgenx_codebook> make_books() {
     std::vector<qgenx_codebook> books;
     for (uint32_t num_levels : {1u, 3u, 7u, 8u, 15u, 16u, 64u, 127u})
         for (uint32_t coder = QGENX_FIXED; coder <= QGENX_ELIAS_RUNS; coder++) {
-            Table table = Table((num_levels + coder) % 3);
+            Table table = Table((num_levels + coder) % uint32_t(Table::COUNT));
             if (coder == QGENX_HUFFMAN)
                 for (Words words : {Words::SKEWED, Words::RUNS, Words::ONES}) books.push_back(make_book(coder, num_levels, table, words));
             books.push_back(make_book(coder, num_levels, table, Words::FLAT));
