@@ -95,7 +95,7 @@ struct Range {
         return last - first == 1 << (length - depth) ? length - depth : -1;
     }
     Range child(int bit) const {
-        const Word *middle = first;
+        const Word *middle = first; /* words are sorted, so that those with a zero here come first */
         while (middle < last && !(middle->bits >> (15 - depth) & 1)) middle++;
         return bit ? Range{middle, last, depth + 1} : Range{first, middle, depth + 1};
     }
@@ -113,6 +113,7 @@ void grow(Code &code, std::vector<Word> &words) {
             Range child = range.child(bit);
             if (child.first == child.last) continue;
             int end = child.depth + child.height();
+            /* a subtree of whole words that ends with the shortest one has no bit that some words lack */
             bool needed = child.height() < 0 || (child.height() > 0 && end > code.shortest);
             node.child[bit] = needed ? int(ranges.size()) : Node::ENDS;
             if (needed) ranges.push_back(child);
@@ -125,6 +126,7 @@ void grow(Code &code, std::vector<Word> &words) {
 
 /* The symbols of words, found by their bits. */
 void prepare_reading(Code &code, const std::vector<Word> &words) {
+    /* zeros after a short word are all that can be read there: bits of absent planes are zeros */
     code.symbols.assign(size_t(1) << code.depth, 0);
     for (const Word &word : words) code.symbols[word.bits >> (16 - code.depth)] = int8_t(word.symbol);
     if (!code.few || code.depth > 8) return;
@@ -150,7 +152,7 @@ const char *prepare_levels(const qgenx_codebook &book, Code &code) {
         if (!(gap >= 0x1p-126f)) return "levels do not rise by at least 2**-126";
         code.inverse_gaps[j] = 1.0f / gap;
     }
-    code.draw_bits = s > 63 ? 15 : 16;
+    code.draw_bits = s > 63 ? 15 : 16; /* more would not fit float32's 24 bits beside the index */
     return nullptr;
 }
 
@@ -180,7 +182,7 @@ bool has_short_levels(const Code &code) {
 }
 
 Search search_of(const Code &code) {
-    if (is_uniform(code)) return Search::UNIFORM;
+    if (is_uniform(code)) return Search::UNIFORM; /* not only faster: its arithmetic is another, see wire_format.md */
     if (code.num_levels > 15 || !has_wide_gaps(code)) return Search::SLOTS;
     if (code.num_levels > 8) return Search::SIXTEEN;
     return code.num_levels < 8 && has_short_levels(code) ? Search::SHORT : Search::EIGHT;

@@ -26,6 +26,7 @@ struct Stream {
     const Parsed &payload;
     const uint8_t *at;
 
+    /* lengths are the only index: the way to a part's first bucket is their sum, far cheaper than decoding */
     Stream(const Parsed &parsed, uint64_t first) : payload(parsed), at(parsed.coded) {
         for (Walk walk(parsed.layout); walk.bucket < first; walk.next())
             at += parsed.bytes_of(walk.bucket, walk.numel());
@@ -35,6 +36,7 @@ struct Stream {
                        Scratch &scratch) {
         int n = walk.numel();
         uint64_t size = payload.bytes_of(walk.bucket, n);
+        /* a length is the sender's word: kernels copy so many bytes into a scratch made for most_bytes */
         if (size > most_bytes(*payload.code, uint64_t(n))) return "a bucket longer than its code words can be";
         const uint8_t *bytes = at;
         at += size;
@@ -72,6 +74,7 @@ const char *decode_part(const std::vector<Parsed> &payloads, uint64_t first, uin
     Scratch scratch(int(payloads[0].layout.bucket_size), int(nodes));
     for (Walk walk(payloads[0].layout, first); walk.bucket < end; walk.next()) {
         for (size_t i = 0; i < streams.size(); i++) {
+            /* the last payload's pass divides too, while the sum is in a register */
             float divisor = i + 1 < streams.size() ? 1.0f : float(count);
             const char *wrong = streams[i].decode(kernels, walk, out, add || i, divisor, scratch);
             if (wrong) return wrong;
@@ -84,6 +87,7 @@ const char *decode_part(const std::vector<Parsed> &payloads, uint64_t first, uin
 int decode_alike(const std::vector<Parsed> &payloads, const Kernels &kernels, float *out, bool add, uint32_t count,
                  int threads, Failure &failure) {
     const Layout &layout = payloads[0].layout;
+    /* raw segments are small by intent: not worth a thread */
     for (size_t i = 0; i < payloads.size(); i++)
         add_raw(payloads[i], out, add || i, i + 1 == payloads.size() ? count : 1);
     int parts = parts_for(layout.numel, layout.buckets, threads);
@@ -104,6 +108,7 @@ int decode_mean(const qgenx_codebook &book, const uint8_t *const *payloads, cons
     if (count == 0) return failure.set(QGENX_BAD_ARGUMENT, "payloads must hold at least one payload");
     Code code;
     if (const char *wrong = prepare(book, code, true)) return failure.set(QGENX_BAD_ARGUMENT, "%s", wrong);
+    /* all are checked before the first coordinate is written */
     std::vector<Parsed> parsed(count);
     bool alike = true;
     for (uint32_t i = 0; i < count; i++) {
@@ -112,6 +117,7 @@ int decode_mean(const qgenx_codebook &book, const uint8_t *const *payloads, cons
         alike = alike && parsed[i].layout.same_cut(parsed[0].layout);
     }
     if (alike) return decode_alike(parsed, kernels, out, false, count, threads, failure);
+    /* cut differently, their buckets do not meet: one payload after another, each over the whole vector */
     for (uint32_t i = 0; i < count; i++) {
         std::vector<Parsed> one(1, parsed[i]); /* whose code is still that of parsed[i] */
         if (decode_alike(one, kernels, out, i > 0, 1, threads, failure)) return failure.status;

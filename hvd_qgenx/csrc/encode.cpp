@@ -15,6 +15,7 @@ void write_raw(const Layout &layout, const float *vector, uint8_t *raw) {
         uint64_t n = layout.size(segment);
         if (layout.is_raw(segment) && n) {
             memcpy(raw, vector + position, 4 * n);
+            /* one bad coordinate says that the whole gradient cannot be trusted, as a norm does in coded segments */
             bool finite = true;
             for (uint64_t i = 0; i < n; i++) finite = finite && std::isfinite(vector[position + i]);
             for (uint64_t i = 0; i < n && !finite; i++) store(raw + 4 * i, std::nanf(""));
@@ -40,11 +41,12 @@ struct Encoding {
         uint8_t *place = norms + 4 * walk.bucket;
         float norm = norms_known ? load<float>(place) : kernels.norm(job.norm, values, n);
         store(place, norm);
+        /* draws go by the place in the whole vector, so that neither threads nor paths change them */
         Draws draws{walk.position(), {job.key[0], job.key[1]}};
         if (std::isfinite(norm))
             kernels.round(code, values, n, norm, draws, symbols, scratch);
         else
-            memset(symbols, 0, size_t((n + 63) & ~63));
+            memset(symbols, 0, size_t((n + 63) & ~63)); /* whole masks: the coder reads 64 symbols at a time */
     }
 };
 
@@ -79,10 +81,11 @@ uint64_t encode_buckets(const Encoding &e, const Sections &sections, int threads
     std::vector<uint8_t *> starts;
     std::vector<uint64_t> firsts;
     for (int part = 0; part <= parts; part++) firsts.push_back(part_start(e.layout.buckets, part, parts));
+    /* where a part really begins is known only when those before it are coded; the bound on `out` covers the worst */
     uint64_t bytes = 0;
     for (int part = 0; part < parts; part++) {
         starts.push_back(sections.coded + bytes);
-        if (parts == 1) break;
+        if (parts == 1) break; /* no other to make room for, so no walk over all buckets */
         for (Walk walk(e.layout, firsts[size_t(part)]); walk.bucket < firsts[size_t(part) + 1]; walk.next())
             bytes += uint64_t(walk.numel()) == e.layout.bucket_size ? most : most_bytes(e.code, uint64_t(walk.numel()));
     }
@@ -91,18 +94,21 @@ uint64_t encode_buckets(const Encoding &e, const Sections &sections, int threads
         sizes[p] = encode_part(e, firsts[p], firsts[p + 1], sections.lengths, starts[p],
                                counts ? counted.data() + 128 * p : nullptr);
     });
+    /* the gaps between parts close; a part moves down only, never over one that has not moved yet */
     uint8_t *end = sections.coded;
     for (size_t part = 0; part < sizes.size(); part++) {
         if (end != starts[part]) memmove(end, starts[part], sizes[part]);
         end += sizes[part];
     }
+    /* each part had counters of its own, so that threads share no cache line */
     for (size_t i = 0; i < counted.size(); i++)
         if (i % 128 <= size_t(e.code.num_levels)) counts[i % 128] += counted[i];
     return uint64_t(end - sections.coded);
 }
 
+/* That of all bytes, from those of pieces that threads work on at once. */
 uint32_t checksum(const Kernels &kernels, const uint8_t *data, uint64_t size, int threads) {
-    int parts = parts_for(size / 4, size, threads);
+    int parts = parts_for(size / 4, size, threads); /* a byte takes a fraction of what a coordinate does */
     std::vector<uint32_t> crcs(size_t(parts), 0);
     std::vector<uint64_t> starts;
     for (int part = 0; part <= parts; part++) starts.push_back(part_start(size, part, parts));
@@ -141,6 +147,8 @@ int encode(const qgenx_codebook &book, const qgenx_job &job, const float *vector
     Encoding encoding{job, layout, code, kernels, vector, sections.norms};
     for (int index = 0; counts && index <= code.num_levels; index++) counts[index] = 0;
     uint64_t coded = encode_buckets(encoding, sections, threads, counts);
+    /* Only now is it known which segments hold a number that is not finite. All their buckets must be NaN, and those of
+     * their buckets that were finite have been coded already: rare enough to code everything once more. */
     if (spoil_segments(layout, sections.norms)) {
         encoding.norms_known = true;
         for (int index = 0; counts && index <= code.num_levels; index++) counts[index] = 0;
@@ -158,6 +166,7 @@ int quantize(const qgenx_codebook &book, const qgenx_job &job, const float *vect
     if (prepare_job(&book, job, code, failure)) return failure.status;
     Layout layout = layout_of(job);
     Encoding encoding{job, layout, code, kernels, vector, reinterpret_cast<uint8_t *>(norms)};
+    /* twice if a segment is spoiled, as in encode */
     auto all = [&] {
         int parts = parts_for(layout.numel, layout.buckets, threads);
         at_once(parts, [&](int part) {

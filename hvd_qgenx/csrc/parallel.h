@@ -30,7 +30,7 @@ struct PlainArithmetic {
 template <class Work>
 void at_once(int parts, Work work) {
     std::vector<std::thread> others;
-    std::vector<char> starved(size_t(parts), 0);
+    std::vector<char> starved(size_t(parts), 0); /* an exception must not leave its thread */
     auto guarded = [&work, &starved](int part) {
         PlainArithmetic plain;
         try {
@@ -45,15 +45,18 @@ void at_once(int parts, Work work) {
     }
     for (int part = int(others.size()); part < parts; part++) guarded(part);
     for (std::thread &other : others) other.join();
+    /* only now, when no thread works on the caller's memory any more */
     for (char one : starved)
         if (one) throw std::bad_alloc();
 }
 
+/* How many threads are worth their start, at most one for each bucket. */
 inline int parts_for(uint64_t numel, uint64_t buckets, int threads) {
     uint64_t worth = numel / WORTH_A_THREAD + 1;
     return int(std::max<uint64_t>(1, std::min<uint64_t>({uint64_t(std::max(threads, 1)), worth, buckets})));
 }
 
+/* The first bucket of a part; the parts' shares differ by one at most. */
 inline uint64_t part_start(uint64_t buckets, int part, int parts) {
     uint64_t share = buckets / uint64_t(parts), rest = buckets % uint64_t(parts);
     return share * uint64_t(part) + std::min(uint64_t(part), rest);

@@ -15,7 +15,7 @@ struct Cursor {
 
     const uint8_t *take(const char *field, uint64_t count, uint64_t item, Failure &failure) {
         uint64_t left = uint64_t(end - at);
-        if (count > left / item) {
+        if (count > left / item) { /* not count * item > left, which may wrap around */
             failure.set(QGENX_BAD_PAYLOAD, "%s need %llu items of %llu bytes, %llu bytes are left", field,
                         (unsigned long long)count, (unsigned long long)item, (unsigned long long)left);
             return nullptr;
@@ -37,6 +37,7 @@ int parse_fixed(const uint8_t *data, uint64_t size, int64_t expected, Checksum c
     REFUSE(version != VERSION, "version is %u, this reader knows %u", version, VERSION);
     REFUSE(load<uint64_t>(data + At::SIZE) != size, "size is %llu, but %llu bytes are there",
            (unsigned long long)load<uint64_t>(data + At::SIZE), (unsigned long long)size);
+    /* before single fields: after damage on the way they say nothing, and the message must not name one of them */
     REFUSE(load<uint32_t>(data + size - CHECKSUM) != crc(0, data, size - CHECKSUM),
            "checksum does not match the bytes");
     REFUSE(data[At::FLAGS] & ~FLAG_INLINE, "flags are %u, only bit 0 is known", data[At::FLAGS]);
@@ -60,6 +61,7 @@ int parse_codebook(const uint8_t *data, Cursor &cursor, Parsed &parsed, Failure 
     book.num_levels = data[At::NUM_LEVELS];
     book.hash = load<uint64_t>(data + At::CODEBOOK);
     parsed.has_book = is_inline(data);
+    /* without inline codebook the caller's takes this place once the hash has been compared */
     parsed.code = &parsed.own;
     parsed.width = book.coder == QGENX_FIXED ? uint64_t(fixed_width(int(book.num_levels))) : 0;
     if (!parsed.has_book) return QGENX_OK;
@@ -80,6 +82,7 @@ int parse_sizes(const uint8_t *data, Cursor &cursor, Layout &layout, Failure &fa
     layout.bucket_size = load<uint32_t>(data + At::BUCKET_SIZE);
     layout.sizes = cursor.take("sizes", layout.num_segments, 8, failure);
     if (!layout.sizes) return failure.status;
+    /* counts down from numel, since a sum of sizes could wrap around to it */
     uint64_t numel = load<uint64_t>(data + At::NUMEL), left = numel;
     for (uint32_t segment = 0; segment < layout.num_segments; segment++) {
         uint64_t size = layout.size(segment);
@@ -91,6 +94,7 @@ int parse_sizes(const uint8_t *data, Cursor &cursor, Layout &layout, Failure &fa
     return QGENX_OK;
 }
 
+/* The lengths are what finds each bucket, so that they must lead exactly to the end. */
 int check_lengths(const Parsed &parsed, Failure &failure) {
     uint64_t total = 0;
     for (Walk walk(parsed.layout); !walk.done(); walk.next()) total += parsed.bytes_of(walk.bucket, walk.numel());
@@ -99,6 +103,7 @@ int check_lengths(const Parsed &parsed, Failure &failure) {
     return QGENX_OK;
 }
 
+/* What a sender never writes: it makes such numbers NaN, which alone stands for what is not finite. */
 int check_values(const Parsed &parsed, Failure &failure) {
     for (uint64_t i = 0; i < parsed.layout.raw; i++)
         REFUSE(std::isinf(load<float>(parsed.raw + 4 * i)), "raw holds an infinite number");
@@ -134,7 +139,7 @@ Sections write_header(const qgenx_codebook &book, const qgenx_job &job, const La
     out[At::CODER] = uint8_t(book.coder);
     out[At::NUM_LEVELS] = uint8_t(book.num_levels);
     store(out + At::RESERVED, uint16_t(0));
-    store(out + At::SIZE, uint64_t(0)); /* the size, known at the end */
+    store(out + At::SIZE, uint64_t(0)); /* known at the end */
     store(out + At::NUMEL, layout.numel);
     store(out + At::NUM_SEGMENTS, layout.num_segments);
     store(out + At::MIN_NUMEL, layout.min_numel);
@@ -161,6 +166,7 @@ Sections write_header(const qgenx_codebook &book, const qgenx_job &job, const La
 
 int parse(const uint8_t *data, uint64_t size, int64_t expected, Checksum crc, Parsed &parsed, Failure &failure) {
     if (parse_fixed(data, size, expected, crc, failure)) return failure.status;
+    /* in the order of the bytes: how many items a section has is known from those before it */
     Cursor cursor{data + At::END, data + size - CHECKSUM};
     if (parse_codebook(data, cursor, parsed, failure)) return failure.status;
     if (parse_sizes(data, cursor, parsed.layout, failure)) return failure.status;

@@ -26,6 +26,7 @@ struct Counting {
         for (Walk walk(layout, first); walk.bucket < end; walk.next()) {
             float norm = norms[walk.bucket];
             if (!(norm > 0.0f) || !std::isfinite(norm)) continue;
+            /* integers, which add up alike in any order: ranks and threads may differ, sums do not */
             uint32_t weight = uint32_t(std::ldexp(double(norm) * double(norm), -exponent));
             count(vector + walk.position(), walk.numel(), norm, weight, weighted, plain, scratch);
         }
@@ -49,12 +50,14 @@ int statistics(const qgenx_job &job, const float *vector, qgenx_form form, int32
     if (prepare_job(nullptr, job, none, failure)) return failure.status;
     Layout layout = layout_of(job);
     int parts = parts_for(layout.numel, layout.buckets, threads);
+    /* two passes, since a bucket's weight depends on the heaviest one */
     std::vector<float> norms(layout.buckets);
     auto start = [&](int part) { return part_start(layout.buckets, part, parts); };
     at_once(parts, [&](int part) {
         for (Walk walk(layout, start(part)); walk.bucket < start(part + 1); walk.next())
             norms[walk.bucket] = kernels.norm(job.norm, vector + walk.position(), walk.numel());
     });
+    /* what encode would send as NaN must not shape the levels */
     spoil_segments(layout, reinterpret_cast<uint8_t *>(norms.data()));
     *exponent = exponent_of(norms, minimum);
     Counting counting{layout, kernels, vector, norms.data(), form, *exponent};
@@ -79,10 +82,10 @@ void squared_error(const float *vector, const float *decoded, uint64_t numel, do
     int parts = parts_for(numel, numel, threads);
     std::vector<double> sums(2 * size_t(parts), 0.0);
     at_once(parts, [&](int part) {
-        double errors[8] = {}, norms[8] = {};
+        double errors[8] = {}, norms[8] = {}; /* eight sums do not wait for one another, and fill vectors */
         uint64_t end = part_start(numel, part + 1, parts);
         for (uint64_t i = part_start(numel, part, parts); i < end; i++) {
-            bool finite = std::isfinite(decoded[i]);
+            bool finite = std::isfinite(decoded[i]); /* a spoiled segment says nothing of rounding */
             double value = finite ? vector[i] : 0.0, error = finite ? double(decoded[i]) - value : 0.0;
             errors[i & 7] += error * error;
             norms[i & 7] += value * value;
