@@ -177,9 +177,9 @@ void accumulate_by(const uint8_t *symbols, int n, const float *table, int num_le
 
 void accumulate(const Code &code, const uint8_t *symbols, int n, const float *table, float *out, bool add,
                 float divisor, Ahead &ahead) {
-    auto run = code.few       ? accumulate_by<Values::FEW>
+    auto run = code.few                         ? accumulate_by<Values::FEW>
                : code.search == Search::UNIFORM ? accumulate_by<Values::EVEN>
-                              : accumulate_by<Values::MANY>;
+                                                : accumulate_by<Values::MANY>;
     run(symbols, n, table, code.num_levels, out, add, divisor, ahead);
 }
 
@@ -275,8 +275,8 @@ uint32_t crc(uint32_t crc, const uint8_t *data, uint64_t size) {
 
 const Kernels &avx2_kernels() {
     using namespace avx2;
-    static const Kernels kernels{norm,          round_bucket,     encode_bucket,
-                                 decode_bucket, histogram_bucket, moments_bucket, crc};
+    static const Kernels kernels{norm,           round_bucket, encode_bucket, decode_bucket, histogram_bucket,
+                                 moments_bucket, crc};
     return kernels;
 }
 

@@ -36,8 +36,8 @@ inline void bits_of_bytes(__m256i low, __m256i high, __m256i *first, __m256i *se
     const __m256i even = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
     low = _mm256_permutevar8x32_epi32(transpose_bits(low), even); /* by fours: masks 0 to 3, then 4 to 7 */
     high = _mm256_permutevar8x32_epi32(transpose_bits(high), even);
-    const __m256i by_mask = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(3, 7, 11, 15, 2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12));
+    const __m256i by_mask =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(3, 7, 11, 15, 2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12));
     low = _mm256_shuffle_epi8(low, by_mask);
     high = _mm256_shuffle_epi8(high, by_mask);
     __m256i a = _mm256_unpacklo_epi32(low, high), b = _mm256_unpackhi_epi32(low, high);

@@ -95,8 +95,8 @@ static const char *decode_bucket(const Code &code, const uint8_t *bytes, int siz
 
 /* ---- norms that need scaling, and the tail of a bucket ----------------------------------------------------------- */
 
-static void round_bucket(const Code &code, const float *values, int n, float norm, const Draws &draws,
-                         int8_t *symbols, Scratch &scratch) {
+static void round_bucket(const Code &code, const float *values, int n, float norm, const Draws &draws, int8_t *symbols,
+                         Scratch &scratch) {
     memset(symbols + (n & ~63), 0, 64);
     if (norm == 0.0f) {
         memset(symbols, 0, size_t(n));

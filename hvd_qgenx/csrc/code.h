@@ -33,14 +33,14 @@ enum class Search {
 
 struct Code {
     int coder = 0;
-    int num_levels = 0;      /* s */
-    int width = 0;           /* bits of a symbol of the fixed code, 0 for all others */
-    Runs runs = Runs::NONE;  /* how zeros are coded, if not by a word of their own */
-    bool ones = false;       /* whether the ones among the non-zeros are coded as runs too */
-    bool few = true;         /* at most 16 symbols: their lowest four bits name them */
-    int depth = 0;           /* bits of the longest word */
-    int shortest = 0;        /* and of the shortest */
-    std::vector<Node> nodes; /* breadth first */
+    int num_levels = 0;          /* s */
+    int width = 0;               /* bits of a symbol of the fixed code, 0 for all others */
+    Runs runs = Runs::NONE;      /* how zeros are coded, if not by a word of their own */
+    bool ones = false;           /* whether the ones among the non-zeros are coded as runs too */
+    bool few = true;             /* at most 16 symbols: their lowest four bits name them */
+    int depth = 0;               /* bits of the longest word */
+    int shortest = 0;            /* and of the shortest */
+    std::vector<Node> nodes;     /* breadth first */
     std::vector<int> covers[16]; /* of each depth from the shortest word's on: nodes below which words have that bit */
     uint16_t words[256] = {};    /* of each symbol's low byte, first bit highest */
     uint8_t few_words[2][16] = {}; /* the first and second byte of words by the symbols' lowest four bits, if few */
@@ -61,7 +61,7 @@ struct Code {
     Search search = Search::SLOTS;
     float unit_gaps[16] = {};     /* SHORT to SIXTEEN: the inverses times 2^draw_bits, all of them finite */
     int16_t short_levels[6] = {}; /* SHORT: what the upper bits of l_1 ... l_6 are above */
-    std::vector<uint8_t> start;   /* SLOTS: for each slot of u, how many of l_1 ... l_(s-1) its lower edge is not below */
+    std::vector<uint8_t> start; /* SLOTS: for each slot of u, how many of l_1 ... l_(s-1) its lower edge is not below */
 };
 
 /* Slots of u: its float32 bits above these, counted from the first slot, which holds all that is smaller. */
@@ -92,7 +92,7 @@ uint64_t most_bytes(const Code &code, uint64_t n);
 struct OmegaTables {
     static constexpr int WINDOW = 11;
     struct Entry {
-        uint32_t bits; /* of a word, or the number whose word a window begins with */
+        uint32_t bits;   /* of a word, or the number whose word a window begins with */
         uint32_t length; /* 0 if the window does not hold the whole word */
     };
     std::vector<Entry> words, windows;

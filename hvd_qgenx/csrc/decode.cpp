@@ -15,8 +15,8 @@ int adopt(const qgenx_codebook &book, const Code &code, Parsed &parsed, Failure 
     const qgenx_codebook &theirs = parsed.book;
     if (theirs.coder != book.coder || theirs.num_levels != book.num_levels || theirs.hash != book.hash)
         return failure.set(QGENX_BAD_PAYLOAD, "codebook is %s %u %016llx, the decoder's is %s %u %016llx",
-                           CODERS[theirs.coder], theirs.num_levels, (unsigned long long)theirs.hash,
-                           CODERS[book.coder], book.num_levels, (unsigned long long)book.hash);
+                           CODERS[theirs.coder], theirs.num_levels, (unsigned long long)theirs.hash, CODERS[book.coder],
+                           book.num_levels, (unsigned long long)book.hash);
     parsed.code = &code;
     return QGENX_OK;
 }
@@ -41,8 +41,7 @@ struct Stream {
         const uint8_t *bytes = at;
         at += size;
         float norm = load<float>(payload.norms + 4 * walk.bucket);
-        return kernels.decode(*payload.code, bytes, int(size), n, norm, out + walk.position(), add, divisor,
-                              scratch);
+        return kernels.decode(*payload.code, bytes, int(size), n, norm, out + walk.position(), add, divisor, scratch);
     }
 };
 

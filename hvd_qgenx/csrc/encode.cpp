@@ -140,8 +140,8 @@ int encode(const qgenx_codebook &book, const qgenx_job &job, const float *vector
     Layout layout = layout_of(job);
     uint64_t bound = bound_of(layout, code, job.inline_codebook ? inline_bytes(book) : 0);
     if (capacity < bound)
-        return failure.set(QGENX_BAD_ARGUMENT, "out must have room for %llu bytes, got %llu",
-                           (unsigned long long)bound, (unsigned long long)capacity);
+        return failure.set(QGENX_BAD_ARGUMENT, "out must have room for %llu bytes, got %llu", (unsigned long long)bound,
+                           (unsigned long long)capacity);
     Sections sections = write_header(book, job, layout, code, out);
     write_raw(layout, vector, sections.raw);
     Encoding encoding{job, layout, code, kernels, vector, sections.norms};

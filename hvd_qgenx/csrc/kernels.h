@@ -29,7 +29,7 @@ struct Scratch {
     Ahead ahead;
     int masks; /* of 64 bits that cover a bucket, a multiple of four */
     std::unique_ptr<int8_t[]> symbols;
-    std::unique_ptr<uint8_t[]> indices; /* symbols too, on the way back */
+    std::unique_ptr<uint8_t[]> indices;    /* symbols too, on the way back */
     std::unique_ptr<uint16_t[]> positions; /* of the elements behind a bucket's runs, then of those behind the ones' */
     std::unique_ptr<float[]> scaled;
     std::unique_ptr<uint8_t[]> bytes;

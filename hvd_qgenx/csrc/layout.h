@@ -36,8 +36,8 @@ struct Layout {
     bool is_raw(uint32_t segment) const { return size(segment) < min_numel; }
     void count();
     bool same_cut(const Layout &other) const {
-        return num_segments == other.num_segments && min_numel == other.min_numel &&
-               bucket_size == other.bucket_size && memcmp(sizes, other.sizes, 8 * size_t(num_segments)) == 0;
+        return num_segments == other.num_segments && min_numel == other.min_numel && bucket_size == other.bucket_size &&
+               memcmp(sizes, other.sizes, 8 * size_t(num_segments)) == 0;
     }
 };
 

@@ -175,8 +175,7 @@ int parse(const uint8_t *data, uint64_t size, int64_t expected, Checksum crc, Pa
     if (!(parsed.norms = cursor.take("norms", layout.buckets, 4, failure))) return failure.status;
     if (check_values(parsed, failure)) return failure.status;
     parsed.lengths = nullptr;
-    if (parsed.book.coder != QGENX_FIXED &&
-        !(parsed.lengths = cursor.take("lengths", layout.buckets, 2, failure)))
+    if (parsed.book.coder != QGENX_FIXED && !(parsed.lengths = cursor.take("lengths", layout.buckets, 2, failure)))
         return failure.status;
     parsed.coded = cursor.at;
     parsed.coded_size = uint64_t(cursor.end - cursor.at);

@@ -40,7 +40,6 @@ struct At {
 
 constexpr uint8_t FLAG_INLINE = 1; /* of At::FLAGS: levels and code lengths follow the header */
 
-
 /* What has gone wrong, as a value. */
 struct Failure {
     int status;
@@ -60,9 +59,9 @@ struct Parsed {
     Layout layout;
     qgenx_codebook book;
     bool has_book;
-    Code own;             /* prepared from the payload's codebook, if it has one */
-    const Code *code;     /* that, or what decode_mean has from its caller */
-    uint64_t width;       /* of the fixed code, else 0 */
+    Code own;                                     /* prepared from the payload's codebook, if it has one */
+    const Code *code;                             /* that, or what decode_mean has from its caller */
+    uint64_t width;                               /* of the fixed code, else 0 */
     const uint8_t *raw, *norms, *lengths, *coded; /* lengths is NULL for the fixed code */
     uint64_t coded_size;
 

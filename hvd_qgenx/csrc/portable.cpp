@@ -85,8 +85,7 @@ bool codes_to_symbols(uint8_t *codes, int n, int num_levels) {
 
 /* Symbols of four bits, two a byte, the first lower. */
 void pack_nibbles(const int8_t *symbols, int n, int num_levels, uint8_t *out) {
-    for (int i = 0; i < n; i += 2)
-        out[i / 2] = uint8_t((symbols[i] + num_levels) | (symbols[i + 1] + num_levels) << 4);
+    for (int i = 0; i < n; i += 2) out[i / 2] = uint8_t((symbols[i] + num_levels) | (symbols[i + 1] + num_levels) << 4);
 }
 
 void unpack_nibbles(const uint8_t *bytes, int n, uint8_t *codes) {
@@ -206,8 +205,8 @@ uint32_t crc(uint32_t crc, const uint8_t *data, uint64_t size) {
 
 const Kernels &portable_kernels() {
     using namespace portable;
-    static const Kernels kernels{norm,          round_bucket,     encode_bucket,
-                                 decode_bucket, histogram_bucket, moments_bucket, crc};
+    static const Kernels kernels{norm,           round_bucket, encode_bucket, decode_bucket, histogram_bucket,
+                                 moments_bucket, crc};
     return kernels;
 }
 

@@ -52,15 +52,15 @@ int qgenx_bound(const qgenx_codebook *book, const qgenx_job *job, uint64_t *boun
     });
 }
 
-int qgenx_encode(const qgenx_codebook *book, const qgenx_job *job, const float *vector, uint8_t *out,
-                 uint64_t capacity, uint64_t *size, uint64_t *counts, int threads, qgenx_path path, char *message) {
+int qgenx_encode(const qgenx_codebook *book, const qgenx_job *job, const float *vector, uint8_t *out, uint64_t capacity,
+                 uint64_t *size, uint64_t *counts, int threads, qgenx_path path, char *message) {
     return guarded(message, [&](Failure &failure) {
         return encode(*book, *job, vector, out, capacity, size, counts, threads, kernels_of(path), failure);
     });
 }
 
-int qgenx_quantize(const qgenx_codebook *book, const qgenx_job *job, const float *vector, float *norms,
-                   int8_t *symbols, int threads, qgenx_path path, char *message) {
+int qgenx_quantize(const qgenx_codebook *book, const qgenx_job *job, const float *vector, float *norms, int8_t *symbols,
+                   int threads, qgenx_path path, char *message) {
     return guarded(message, [&](Failure &failure) {
         return quantize(*book, *job, vector, norms, symbols, threads, kernels_of(path), failure);
     });
@@ -77,8 +77,7 @@ int qgenx_parse(const uint8_t *payload, uint64_t size, int64_t expected, uint64_
 }
 
 int qgenx_decode_mean(const qgenx_codebook *book, const uint8_t *const *payloads, const uint64_t *sizes,
-                      uint32_t num_payloads, float *out, uint64_t numel, int threads, qgenx_path path,
-                      char *message) {
+                      uint32_t num_payloads, float *out, uint64_t numel, int threads, qgenx_path path, char *message) {
     return guarded(message, [&](Failure &failure) {
         return decode_mean(*book, payloads, sizes, num_payloads, out, numel, threads, kernels_of(path), failure);
     });

@@ -199,7 +199,7 @@ static const char *read_runs(const Code &code, Reader &reader, int n, const floa
     uint8_t *symbols = scratch.indices.get();
     int count;
     if (const char *wrong = read_nonzeros(code, reader, n, positions, count, symbols, scratch)) return wrong;
-    scratch.ahead.lines(n / 16); /* the rest of them */
+    scratch.ahead.lines(n / 16);     /* the rest of them */
     bool all = table[0] != table[0]; /* a NaN norm: zeros are NaN too */
     if (!add) memset(out, 0, size_t(n) * sizeof(float));
     if (all)

@@ -37,8 +37,12 @@ struct Passing {
     uint64_t *of_nodes, *any, *lost; /* all nodes'; of a depth with several; of a branch without words */
 
     Passing(const Code &of, int n, Scratch &scratch)
-        : code(of), blocks(blocks_of(n)), stride(scratch.masks), of_nodes(scratch.passing.get()),
-          any(scratch.planes.get() + 16 * stride), lost(any + stride) {
+        : code(of),
+          blocks(blocks_of(n)),
+          stride(scratch.masks),
+          of_nodes(scratch.passing.get()),
+          any(scratch.planes.get() + 16 * stride),
+          lost(any + stride) {
         for (int m = 0; m < BLOCK * blocks; m++) of_nodes[m] = valid_mask(n, m);
     }
 
@@ -93,9 +97,12 @@ static void write_words(const Code &code, const int8_t *symbols, int n, Writer &
     int masks = (n + 63) / 64;
     word_planes(code, symbols, masks, scratch.masks, scratch.planes.get());
     by_depth(code, n, scratch, [&](const uint64_t *ones, const uint64_t *pass, bool few) {
-        if (!pass) writer.put_first(ones, n);
-        else if (few) writer.put_at_few(ones, pass, masks);
-        else writer.put_at(ones, pass, masks);
+        if (!pass)
+            writer.put_first(ones, n);
+        else if (few)
+            writer.put_at_few(ones, pass, masks);
+        else
+            writer.put_at(ones, pass, masks);
         return true;
     });
 }
@@ -103,9 +110,12 @@ static void write_words(const Code &code, const int8_t *symbols, int n, Writer &
 static const char *read_words(const Code &code, Reader &reader, int n, uint8_t *symbols, Scratch &scratch) {
     int masks = (n + 63) / 64;
     const char *wrong = by_depth(code, n, scratch, [&](uint64_t *ones, const uint64_t *pass, bool few) {
-        if (!pass) reader.get_first(ones, n);
-        else if (few) reader.get_at_few(ones, pass, masks);
-        else reader.get_at(ones, pass, masks);
+        if (!pass)
+            reader.get_first(ones, n);
+        else if (few)
+            reader.get_at_few(ones, pass, masks);
+        else
+            reader.get_at(ones, pass, masks);
         scratch.ahead.lines(masks / 2);
         return reader.at <= reader.end;
     });

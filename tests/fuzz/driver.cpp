@@ -13,9 +13,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 namespace {
 
-const uint64_t EXTREMES[] = {0,     1,      2,      3,          127,        128,        255,       256,      16384,
-                             16385, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1ull << 32, 1ull << 62,
-                             INT64_MAX, 1ull << 63, UINT64_MAX};
+const uint64_t EXTREMES[] = {0,          1,          2,          3,         127,        128,        255,
+                             256,        16384,      16385,      0xFFFF,    0x10000,    0x7FFFFFFF, 0x80000000,
+                             0xFFFFFFFF, 1ull << 32, 1ull << 62, INT64_MAX, 1ull << 63, UINT64_MAX};
 
 Bytes read_file(const char *name) {
     FILE *file = fopen(name, "rb");
@@ -116,10 +116,14 @@ int main(int count, char **arguments) {
     std::vector<Bytes> inputs;
     for (int i = 1; i < count; i++) {
         std::string word = arguments[i];
-        if (i + 1 < count && word == "--runs") runs = strtoull(arguments[++i], nullptr, 10);
-        else if (i + 1 < count && word == "--seed") seed = strtoull(arguments[++i], nullptr, 10);
-        else if (i + 1 < count && word == "--write") folder = arguments[++i];
-        else inputs.push_back(read_file(arguments[i]));
+        if (i + 1 < count && word == "--runs")
+            runs = strtoull(arguments[++i], nullptr, 10);
+        else if (i + 1 < count && word == "--seed")
+            seed = strtoull(arguments[++i], nullptr, 10);
+        else if (i + 1 < count && word == "--write")
+            folder = arguments[++i];
+        else
+            inputs.push_back(read_file(arguments[i]));
     }
     Random random{seed};
     for (const Bytes &made : make_payloads(random)) inputs.push_back(made);

@@ -14,12 +14,12 @@
 #include "payload.h"
 #include "qgenx.h"
 
-#define REQUIRE(condition)                                                                    \
-    do {                                                                                      \
-        if (!(condition)) {                                                                   \
-            fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition);     \
-            abort();                                                                          \
-        }                                                                                     \
+#define REQUIRE(condition)                                                                \
+    do {                                                                                  \
+        if (!(condition)) {                                                               \
+            fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition); \
+            abort();                                                                      \
+        }                                                                                 \
     } while (0)
 
 using Bytes = std::vector<uint8_t>;
@@ -31,10 +31,11 @@ using qgenx::CHECKSUM;
 struct Field {
     size_t offset, size;
 };
-constexpr Field FIELDS[] = {{At::MAGIC, 4}, {At::VERSION, 2}, {At::FLAGS, 1}, {At::NORM, 1}, {At::CODER, 1},
-                            {At::NUM_LEVELS, 1}, {At::RESERVED, 2}, {At::SIZE, 8}, {At::NUMEL, 8},
-                            {At::NUM_SEGMENTS, 4}, {At::MIN_NUMEL, 4}, {At::BUCKET_SIZE, 4}, {At::SEED, 8},
-                            {At::STEP, 8}, {At::RANK, 4}, {At::STREAM, 4}, {At::CODEBOOK, 8}};
+constexpr Field FIELDS[] = {{At::MAGIC, 4},   {At::VERSION, 2},      {At::FLAGS, 1},     {At::NORM, 1},
+                            {At::CODER, 1},   {At::NUM_LEVELS, 1},   {At::RESERVED, 2},  {At::SIZE, 8},
+                            {At::NUMEL, 8},   {At::NUM_SEGMENTS, 4}, {At::MIN_NUMEL, 4}, {At::BUCKET_SIZE, 4},
+                            {At::SEED, 8},    {At::STEP, 8},         {At::RANK, 4},      {At::STREAM, 4},
+                            {At::CODEBOOK, 8}};
 
 template <class T>
 inline T get(const uint8_t *at) {
@@ -91,11 +92,12 @@ inline qgenx_codebook make_book(uint32_t coder, uint32_t num_levels, Table table
     book.hash = hash;
     for (uint32_t j = 0; j <= num_levels; j++) {
         double place = double(j) / num_levels;
-        book.levels[j] = float(table == Table::UNIFORM ? place
+        book.levels[j] = float(table == Table::UNIFORM                          ? place
                                : table == Table::CROWDED && j && j < num_levels ? 0.5 + place / 4096
-                               : table == Table::CROWDED ? place
-                               : table == Table::TINY ? (j < num_levels ? j * 0x1p-126 : 1.0)
-                               : j ? std::pow(0.8, num_levels - j) : 0.0);
+                               : table == Table::CROWDED                        ? place
+                               : table == Table::TINY                           ? (j < num_levels ? j * 0x1p-126 : 1.0)
+                               : j                                              ? std::pow(0.8, num_levels - j)
+                                                                                : 0.0);
     }
     for (uint32_t i = 0; i <= 2 * num_levels; i++)
         book.lengths[i] = uint8_t(word_length(coder, num_levels, words, int(i) - int(num_levels)));
