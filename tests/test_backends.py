@@ -69,6 +69,49 @@ def test_extreme_norms_give_the_same_symbols(name, scale, levels):
         assert torch.equal(_on(name, codec.encode, vector, Key(0, 0, 0)), payload)
 
 
+def _edge_levels(count):
+    """Tables at the edges of what Levels allows: gaps of 2**-126, equal ones, very unlike ones."""
+    if count == 1:
+        return {"single": Levels((0.0, 1.0))}
+    inner, last = range(1, count), 1.0 - 2.0**-24
+    return {
+        "equal": Levels(tuple(j / count for j in range(count + 1))),
+        "equal but for the last": Levels((0.0, *(j / 2**8 for j in inner), 1.0)),
+        "in bfloat16": Levels((0.0, *((128 + j) / 2**8 for j in inner), 1.0)),
+        "smallest": Levels((0.0, *(j * 2.0**-126 for j in inner), 1.0)),
+        "one small": Levels((0.0, 2.0**-110, *(j / count for j in inner[1:]), 1.0)),
+        "just too small to multiply": Levels((0.0, 2.0**-101, *(j / count for j in inner[1:]), 1.0)),
+        "just large enough": Levels((0.0, 2.0**-100, *(j / count for j in inner[1:]), 1.0)),
+        "crowded at the end": Levels((0.0, *(last - (count - 1 - j) * 2.0**-24 for j in inner), 1.0)),
+        "all octaves": Levels((0.0, *(2.0 ** (-126 * (count - j) / (count - 1)) for j in inner), 1.0)),
+    }
+
+
+def _around(levels):
+    """Numbers up to 1: each level and its neighbours, what is between levels, all octaves, and 1 in every 64."""
+    values = torch.tensor(levels.values)
+    edges = torch.cat([values, values.nextafter(torch.tensor(2.0)), values.nextafter(torch.tensor(-1.0))])
+    generator = torch.Generator().manual_seed(0)
+    between = values[:-1] + (values[1:] - values[:-1]) * torch.rand(16, len(values) - 1, generator=generator)
+    octaves = 2.0 ** (-140.0 * torch.rand(1000, generator=generator))
+    parts = torch.cat([edges, between.view(-1), octaves]).clamp(-1.0, 1.0)
+    parts = parts[torch.randperm(len(parts), generator=generator)]
+    rows = torch.cat([parts, torch.zeros(-len(parts) % 63)]).view(-1, 63)
+    signs = torch.where(torch.rand(rows.shape, generator=generator) < 0.5, -1.0, 1.0)
+    return torch.cat([rows * signs, torch.ones(len(rows), 1)], dim=1).view(-1)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 15, 16, 63, 64, 127])
+def test_every_way_to_search_levels_finds_those_of_the_specification(name, count):
+    for levels in _edge_levels(count).values():
+        codec, vector = Codec(levels, "fixed", 64, "linf"), _around(levels)
+        for scale in (1.0, 2.0**-120, 2.0**120):
+            payload = _on("specification", codec.encode, vector * scale, Key(0, 0, 0))
+            assert torch.equal(_on(name, codec.encode, vector * scale, Key(0, 0, 0)), payload)
+            assert torch.equal(codec.decode_mean([payload]), _on("specification", codec.decode_mean, [payload]))
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_numbers_that_are_not_finite_spoil_the_same_segments(name):
     sizes = (3, 200, 70, 4, 64)

@@ -63,7 +63,7 @@ def _library() -> ctypes.CDLL:
             "or set HVD_QGENX_BACKEND=specification for the slow path in plain torch"
         )
     library = ctypes.CDLL(spec.origin)
-    library.qgenx_error.restype = None
+    library.qgenx_squared_error.restype = None
     return library
 
 
@@ -144,7 +144,7 @@ class Compiled(Backend):
         error, norm = c_double(), c_double()
         first, second = _pointer(vector, torch.float32, len(decoded)), _pointer(decoded, torch.float32)
         threads = c_int(torch.get_num_threads())
-        _library().qgenx_error(first, second, c_uint64(len(vector)), byref(error), byref(norm), threads)
+        _library().qgenx_squared_error(first, second, c_uint64(len(vector)), byref(error), byref(norm), threads)
         return error.value, norm.value
 
     def _how(self) -> tuple[c_int, int]:

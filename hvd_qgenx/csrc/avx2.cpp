@@ -42,7 +42,7 @@ inline uint64_t above_mask(const int8_t *symbols, int least) {
 
 inline uint64_t negative_mask(const int8_t *symbols) { return top_bits(load(symbols), load(symbols + 32)); }
 
-#include "avx2_words.h"
+#include "avx2_words.inl"
 
 /* ---- symbols to values ------------------------------------------------------------------------------------------- */
 
@@ -177,17 +177,17 @@ void accumulate_by(const uint8_t *symbols, int n, const float *table, int num_le
 
 void accumulate(const Code &code, const uint8_t *symbols, int n, const float *table, float *out, bool add,
                 float divisor, Ahead &ahead) {
-    auto run = code.few       ? accumulate_by<Values::FEW>
-               : code.uniform ? accumulate_by<Values::EVEN>
-                              : accumulate_by<Values::MANY>;
+    auto run = code.few                         ? accumulate_by<Values::FEW>
+               : code.search == Search::UNIFORM ? accumulate_by<Values::EVEN>
+                                                : accumulate_by<Values::MANY>;
     run(symbols, n, table, code.num_levels, out, add, divisor, ahead);
 }
 
-#include "avx2_round.h"
-#include "bits.h"
-#include "words.h"
-#include "runs.h"
-#include "bucket.h"
+#include "avx2_round.inl"
+#include "bits.inl"
+#include "words.inl"
+#include "runs.inl"
+#include "bucket.inl"
 
 /* ---- norms ------------------------------------------------------------------------------------------------------- */
 
@@ -244,9 +244,9 @@ float norm(uint32_t kind, const float *values, int n) {
 uint32_t crc_serial(uint32_t crc, const uint8_t *data, uint64_t size) {
     uint64_t state = crc;
     for (; size >= 8; size -= 8, data += 8) {
-        uint64_t word;
-        memcpy(&word, data, 8);
-        state = _mm_crc32_u64(state, word);
+        uint64_t eight;
+        memcpy(&eight, data, 8);
+        state = _mm_crc32_u64(state, eight);
     }
     for (; size; size--) state = _mm_crc32_u8(uint32_t(state), *data++);
     return uint32_t(state);
@@ -258,13 +258,13 @@ uint32_t crc(uint32_t crc, const uint8_t *data, uint64_t size) {
     if (piece < 512) return ~crc_serial(~crc, data, size);
     uint64_t first = ~crc, second = 0, third = 0;
     for (uint64_t i = 0; i < piece; i += 8) {
-        uint64_t words[3];
-        memcpy(words, data + i, 8);
-        memcpy(words + 1, data + piece + i, 8);
-        memcpy(words + 2, data + 2 * piece + i, 8);
-        first = _mm_crc32_u64(first, words[0]);
-        second = _mm_crc32_u64(second, words[1]);
-        third = _mm_crc32_u64(third, words[2]);
+        uint64_t eight[3];
+        memcpy(eight, data + i, 8);
+        memcpy(eight + 1, data + piece + i, 8);
+        memcpy(eight + 2, data + 2 * piece + i, 8);
+        first = _mm_crc32_u64(first, eight[0]);
+        second = _mm_crc32_u64(second, eight[1]);
+        third = _mm_crc32_u64(third, eight[2]);
     }
     uint32_t joined = crc_shift(crc_shift(uint32_t(first), piece) ^ uint32_t(second), piece) ^ uint32_t(third);
     return ~crc_serial(joined, data + 3 * piece, size - 3 * piece);
@@ -275,8 +275,8 @@ uint32_t crc(uint32_t crc, const uint8_t *data, uint64_t size) {
 
 const Kernels &avx2_kernels() {
     using namespace avx2;
-    static const Kernels kernels{norm,          round_bucket,     encode_bucket,
-                                 decode_bucket, histogram_bucket, moments_bucket, crc};
+    static const Kernels kernels{norm,           round_bucket, encode_bucket, decode_bucket, histogram_bucket,
+                                 moments_bucket, crc};
     return kernels;
 }
 

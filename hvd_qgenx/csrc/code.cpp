@@ -95,7 +95,7 @@ struct Range {
         return last - first == 1 << (length - depth) ? length - depth : -1;
     }
     Range child(int bit) const {
-        const Word *middle = first;
+        const Word *middle = first; /* words are sorted, so that those with a zero here come first */
         while (middle < last && !(middle->bits >> (15 - depth) & 1)) middle++;
         return bit ? Range{middle, last, depth + 1} : Range{first, middle, depth + 1};
     }
@@ -113,6 +113,7 @@ void grow(Code &code, std::vector<Word> &words) {
             Range child = range.child(bit);
             if (child.first == child.last) continue;
             int end = child.depth + child.height();
+            /* a subtree of whole words that ends with the shortest one has no bit that some words lack */
             bool needed = child.height() < 0 || (child.height() > 0 && end > code.shortest);
             node.child[bit] = needed ? int(ranges.size()) : Node::ENDS;
             if (needed) ranges.push_back(child);
@@ -125,6 +126,7 @@ void grow(Code &code, std::vector<Word> &words) {
 
 /* The symbols of words, found by their bits. */
 void prepare_reading(Code &code, const std::vector<Word> &words) {
+    /* zeros after a short word are all that can be read there: bits of absent planes are zeros */
     code.symbols.assign(size_t(1) << code.depth, 0);
     for (const Word &word : words) code.symbols[word.bits >> (16 - code.depth)] = int8_t(word.symbol);
     if (!code.few || code.depth > 8) return;
@@ -139,44 +141,73 @@ void prepare_reading(Code &code, const std::vector<Word> &words) {
     }
 }
 
+/* Levels and the inverses of their gaps; NULL, or what is wrong with them. */
 const char *prepare_levels(const qgenx_codebook &book, Code &code) {
     int s = code.num_levels;
     if (book.levels[0] != 0.0f || book.levels[s] != 1.0f) return "levels do not go from 0 to 1";
-    code.uniform = true;
     for (int j = 0; j <= s; j++) {
         code.levels[j] = book.levels[j];
-        code.uniform = code.uniform && book.levels[j] == float(double(j) / s);
         if (j == s) break;
         float gap = book.levels[j + 1] - book.levels[j];
         if (!(gap >= 0x1p-126f)) return "levels do not rise by at least 2**-126";
-        code.wide_gaps = code.wide_gaps && gap >= 0x1p-100f;
         code.inverse_gaps[j] = 1.0f / gap;
     }
-    code.draw_bits = s > 63 ? 15 : 16;
-    for (int j = 0; j < 16; j++) code.unit_gaps[j] = code.inverse_gaps[j] * float(1 << code.draw_bits);
-    code.has_short_levels = s < 8;
-    for (int j = 1; j < s && s < 8; j++) {
-        uint32_t bits;
-        memcpy(&bits, &code.levels[j], 4);
-        code.has_short_levels = code.has_short_levels && (bits & 0xFFFF) == 0;
-        code.short_levels[j - 1] = int16_t(int(bits >> 16) - 1);
-    }
-    for (int j = s; j < 7; j++) code.short_levels[j - 1] = INT16_MAX;
+    code.draw_bits = s > 63 ? 15 : 16; /* more would not fit float32's 24 bits beside the index */
     return nullptr;
 }
 
-/* Where the search for a level begins, if there are too many to compare with each. */
-void prepare_search(Code &code) {
-    code.start.assign(NUM_SLOTS, 0);
+bool is_uniform(const Code &code) {
+    for (int j = 0; j <= code.num_levels; j++)
+        if (code.levels[j] != float(double(j) / code.num_levels)) return false;
+    return true;
+}
+
+/* Whether no gap is so small that its inverse times 2^16 might not be finite. */
+bool has_wide_gaps(const Code &code) {
+    for (int j = 0; j < code.num_levels; j++)
+        if (code.levels[j + 1] - code.levels[j] < 0x1p-100f) return false;
+    return true;
+}
+
+uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+bool has_short_levels(const Code &code) {
+    for (int j = 1; j < code.num_levels; j++)
+        if (bits_of(code.levels[j]) & 0xFFFF) return false;
+    return true;
+}
+
+Search search_of(const Code &code) {
+    if (is_uniform(code)) return Search::UNIFORM; /* not only faster: its arithmetic is another, see wire_format.md */
+    if (code.num_levels > 15 || !has_wide_gaps(code)) return Search::SLOTS;
+    if (code.num_levels > 8) return Search::SIXTEEN;
+    return code.num_levels < 8 && has_short_levels(code) ? Search::SHORT : Search::EIGHT;
+}
+
+void prepare_slots(Code &code) {
+    code.start.assign(NUM_SLOTS + GATHER_PAD, 0);
     for (int slot = 1; slot < NUM_SLOTS; slot++) {
-        union {
-            uint32_t bits;
-            float value;
-        } edge{uint32_t(slot - 1 + FIRST_SLOT) << SLOT_SHIFT};
+        uint32_t edge_bits = uint32_t(slot - 1 + FIRST_SLOT) << SLOT_SHIFT;
+        float edge;
+        memcpy(&edge, &edge_bits, 4);
         int count = 0;
-        while (count < code.num_levels - 1 && code.levels[count + 1] <= edge.value) count++;
-        code.start[slot] = uint8_t(count);
+        while (count < code.num_levels - 1 && code.levels[count + 1] <= edge) count++;
+        code.start[size_t(slot)] = uint8_t(count);
     }
+}
+
+/* Chooses how levels are searched, and makes the tables for that way alone. */
+void prepare_search(Code &code) {
+    code.search = search_of(code);
+    if (code.search == Search::UNIFORM) return;
+    if (code.search == Search::SLOTS) return prepare_slots(code);
+    for (int j = 0; j < code.num_levels; j++) code.unit_gaps[j] = code.inverse_gaps[j] * float(1 << code.draw_bits);
+    for (int j = 1; j < 7 && code.search == Search::SHORT; j++)
+        code.short_levels[j - 1] = j < code.num_levels ? int16_t(int(bits_of(code.levels[j]) >> 16) - 1) : INT16_MAX;
 }
 
 /* Which symbols have words, by the lengths, or why these are none; zeros and ones may be runs. */
@@ -234,7 +265,7 @@ const char *prepare(const qgenx_codebook &book, Code &code, bool reading) {
     code.num_levels = int(book.num_levels);
     code.few = code.num_levels < 8;
     if (const char *wrong = prepare_levels(book, code)) return wrong;
-    if (code.num_levels > 15) prepare_search(code);
+    prepare_search(code);
     if (book.coder == QGENX_FIXED) {
         code.width = fixed_width(code.num_levels);
         return check_no_lengths(book);
@@ -259,7 +290,7 @@ int fixed_width(int num_levels) { return bit_length(2 * uint32_t(num_levels)); }
 uint64_t most_bytes(const Code &code, uint64_t n) {
     if (code.width) return (n * uint64_t(code.width) + 7) / 8;
     uint64_t stages = code.runs == Runs::NONE ? 0 : code.ones ? 2 : 1;
-    return (n * (uint64_t(code.depth) + 2 * stages) + 24 * stages + 7) / 8;
+    return (n * (uint64_t(code.depth) + 2 * stages) + RUNS_MOST_BITS * stages + 7) / 8;
 }
 
 }  // namespace qgenx

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 
+#include "checksum.h"
 #include "code.h"
 
 namespace qgenx {
@@ -26,30 +27,30 @@ struct Ahead {
 /* Memory of one thread for buckets of up to `bucket` elements, never shared. */
 struct Scratch {
     Ahead ahead;
-    int words; /* 64-bit masks that cover a bucket, a multiple of four */
+    int masks; /* of 64 bits that cover a bucket, a multiple of four */
     std::unique_ptr<int8_t[]> symbols;
-    std::unique_ptr<uint8_t[]> indices; /* symbols too, on the way back */
+    std::unique_ptr<uint8_t[]> indices;    /* symbols too, on the way back */
     std::unique_ptr<uint16_t[]> positions; /* of the elements behind a bucket's runs, then of those behind the ones' */
     std::unique_ptr<float[]> scaled;
     std::unique_ptr<uint8_t[]> bytes;
-    std::unique_ptr<uint64_t[]> passing; /* [node][word]: elements whose code word begins with the node's prefix */
-    std::unique_ptr<uint64_t[]> planes;  /* [bit][word]: 16 of the code words, and two more masks */
+    std::unique_ptr<uint64_t[]> passing; /* [node][mask]: elements whose code word begins with the node's prefix */
+    std::unique_ptr<uint64_t[]> planes;  /* [bit][mask]: 16 of the code words, and two more masks */
 
     Scratch(int bucket, int nodes)
-        : words((bucket + 255) / 256 * 4),
+        : masks((bucket + 255) / 256 * 4),
           symbols(new int8_t[bucket + PAD]),
           indices(new uint8_t[bucket + PAD]),
           positions(new uint16_t[2 * (bucket + 1)]),
           scaled(new float[bucket + PAD]),
-          bytes(new uint8_t[size_t(bucket) * 20 / 8 + bucket / 8 + 3 * PAD]),
-          passing(new uint64_t[size_t(nodes > 0 ? nodes : 1) * words]()),
-          planes(new uint64_t[size_t(18) * words]()) {}
+          bytes(new uint8_t[size_t(bucket) * SYMBOL_MOST_BITS / 8 + bucket / 8 + 3 * PAD]),
+          passing(new uint64_t[size_t(nodes > 0 ? nodes : 1) * masks]()),
+          planes(new uint64_t[size_t(18) * masks]()) {}
 };
 
 /* A bucket's place among the draws: where it begins in the vector, and the key. */
 struct Draws {
     uint64_t position;
-    uint32_t words[2];
+    uint32_t key[2];
 };
 
 struct Kernels {
@@ -69,8 +70,7 @@ struct Kernels {
     /* The sums of 1, r and r^2 over a bucket, in units of 2^-16, and these times `weight` in units of one. */
     void (*moments)(const float *values, int n, float norm, uint32_t weight, int64_t *weighted, int64_t *plain,
                     Scratch &scratch);
-    /* CRC-32C of `size` bytes, going on from that of those before. */
-    uint32_t (*crc)(uint32_t crc, const uint8_t *data, uint64_t size);
+    Checksum crc;
 };
 
 const Kernels &portable_kernels();
@@ -83,29 +83,6 @@ const Kernels &avx2_kernels();
 
 /* A power of two by which values and norm are multiplied first, so that 1 / norm is a normal number. */
 inline float scale_of(float norm) { return norm < 0x1p-100f ? 0x1p100f : norm > 0x1p100f ? 0x1p-100f : 1.0f; }
-
-/* ---- the CRC-32C of two pieces, from those of each --------------------------------------------------------- */
-
-constexpr uint32_t CRC_POLYNOMIAL = 0x82F63B78u; /* Castagnoli's, lowest bit first */
-
-inline uint32_t crc_multiply(uint32_t a, uint32_t b) {
-    uint32_t product = 0;
-    for (; a; a <<= 1) {
-        if (a & 0x80000000u) product ^= b;
-        b = (b >> 1) ^ ((b & 1) ? CRC_POLYNOMIAL : 0);
-    }
-    return product;
-}
-
-/* What `size` zero bytes make of a register: its product with x^(8 size). */
-inline uint32_t crc_shift(uint32_t crc, uint64_t size) {
-    uint32_t power = 0x00800000u; /* x^8 */
-    for (; size; size >>= 1) {
-        if (size & 1) crc = crc_multiply(power, crc);
-        power = crc_multiply(power, power);
-    }
-    return crc;
-}
 
 }  // namespace qgenx
 

@@ -7,7 +7,7 @@ namespace {
 
 constexpr uint32_t NUM_CODERS = 6, NUM_NORMS = 2;
 
-bool is_inline(const uint8_t *data) { return data[6] & 1; }
+bool is_inline(const uint8_t *data) { return data[At::FLAGS] & FLAG_INLINE; }
 
 /* Takes sections one after another, never past the checksum. */
 struct Cursor {
@@ -15,7 +15,7 @@ struct Cursor {
 
     const uint8_t *take(const char *field, uint64_t count, uint64_t item, Failure &failure) {
         uint64_t left = uint64_t(end - at);
-        if (count > left / item) {
+        if (count > left / item) { /* not count * item > left, which may wrap around */
             failure.set(QGENX_BAD_PAYLOAD, "%s need %llu items of %llu bytes, %llu bytes are left", field,
                         (unsigned long long)count, (unsigned long long)item, (unsigned long long)left);
             return nullptr;
@@ -29,24 +29,26 @@ struct Cursor {
 #define REFUSE(condition, ...) \
     if (condition) return failure.set(QGENX_BAD_PAYLOAD, __VA_ARGS__)
 
-int parse_fixed(const uint8_t *data, uint64_t size, int64_t expected, const Kernels &kernels, Failure &failure) {
-    REFUSE(size < HEADER + CHECKSUM, "size is %llu bytes, less than a header's %u", (unsigned long long)size,
-           HEADER + CHECKSUM);
-    REFUSE(memcmp(data, "QGNX", 4) != 0, "magic is not QGNX");
-    REFUSE(load<uint16_t>(data + 4) != VERSION, "version is %u, this reader knows %u", load<uint16_t>(data + 4),
-           VERSION);
-    REFUSE(load<uint64_t>(data + 12) != size, "size is %llu, but %llu bytes are there",
-           (unsigned long long)load<uint64_t>(data + 12), (unsigned long long)size);
-    REFUSE(load<uint32_t>(data + size - CHECKSUM) != kernels.crc(0, data, size - CHECKSUM),
+int parse_fixed(const uint8_t *data, uint64_t size, int64_t expected, Checksum crc, Failure &failure) {
+    REFUSE(size < At::END + CHECKSUM, "size is %llu bytes, less than a header's %u", (unsigned long long)size,
+           At::END + CHECKSUM);
+    REFUSE(memcmp(data + At::MAGIC, "QGNX", 4) != 0, "magic is not QGNX");
+    uint16_t version = load<uint16_t>(data + At::VERSION);
+    REFUSE(version != VERSION, "version is %u, this reader knows %u", version, VERSION);
+    REFUSE(load<uint64_t>(data + At::SIZE) != size, "size is %llu, but %llu bytes are there",
+           (unsigned long long)load<uint64_t>(data + At::SIZE), (unsigned long long)size);
+    /* before single fields: after damage on the way they say nothing, and the message must not name one of them */
+    REFUSE(load<uint32_t>(data + size - CHECKSUM) != crc(0, data, size - CHECKSUM),
            "checksum does not match the bytes");
-    REFUSE(data[6] > 1, "flags are %u, only bit 0 is known", data[6]);
-    REFUSE(load<uint16_t>(data + 10) != 0, "reserved is %u, not zero", load<uint16_t>(data + 10));
-    REFUSE(data[7] >= NUM_NORMS, "norm is %u, unknown", data[7]);
-    REFUSE(data[8] >= NUM_CODERS, "coder is %u, unknown", data[8]);
-    REFUSE(data[9] < 1 || data[9] > QGENX_MAX_LEVELS, "num_levels is %u", data[9]);
-    uint32_t bucket_size = load<uint32_t>(data + 36);
+    REFUSE(data[At::FLAGS] & ~FLAG_INLINE, "flags are %u, only bit 0 is known", data[At::FLAGS]);
+    REFUSE(load<uint16_t>(data + At::RESERVED) != 0, "reserved is %u, not zero", load<uint16_t>(data + At::RESERVED));
+    REFUSE(data[At::NORM] >= NUM_NORMS, "norm is %u, unknown", data[At::NORM]);
+    REFUSE(data[At::CODER] >= NUM_CODERS, "coder is %u, unknown", data[At::CODER]);
+    uint32_t num_levels = data[At::NUM_LEVELS];
+    REFUSE(num_levels < 1 || num_levels > QGENX_MAX_LEVELS, "num_levels is %u", num_levels);
+    uint32_t bucket_size = load<uint32_t>(data + At::BUCKET_SIZE);
     REFUSE(bucket_size < 1 || bucket_size > QGENX_MAX_BUCKET, "bucket_size is %u", bucket_size);
-    uint64_t numel = load<uint64_t>(data + 20);
+    uint64_t numel = load<uint64_t>(data + At::NUMEL);
     REFUSE(expected >= 0 && numel != uint64_t(expected), "numel is %llu, expected %lld", (unsigned long long)numel,
            (long long)expected);
     return QGENX_OK;
@@ -55,10 +57,11 @@ int parse_fixed(const uint8_t *data, uint64_t size, int64_t expected, const Kern
 int parse_codebook(const uint8_t *data, Cursor &cursor, Parsed &parsed, Failure &failure) {
     qgenx_codebook &book = parsed.book;
     memset(&book, 0, sizeof(book));
-    book.coder = data[8];
-    book.num_levels = data[9];
-    book.hash = load<uint64_t>(data + 64);
+    book.coder = data[At::CODER];
+    book.num_levels = data[At::NUM_LEVELS];
+    book.hash = load<uint64_t>(data + At::CODEBOOK);
     parsed.has_book = is_inline(data);
+    /* without inline codebook the caller's takes this place once the hash has been compared */
     parsed.code = &parsed.own;
     parsed.width = book.coder == QGENX_FIXED ? uint64_t(fixed_width(int(book.num_levels))) : 0;
     if (!parsed.has_book) return QGENX_OK;
@@ -74,12 +77,13 @@ int parse_codebook(const uint8_t *data, Cursor &cursor, Parsed &parsed, Failure 
 }
 
 int parse_sizes(const uint8_t *data, Cursor &cursor, Layout &layout, Failure &failure) {
-    layout.num_segments = load<uint32_t>(data + 28);
-    layout.min_numel = load<uint32_t>(data + 32);
-    layout.bucket_size = load<uint32_t>(data + 36);
+    layout.num_segments = load<uint32_t>(data + At::NUM_SEGMENTS);
+    layout.min_numel = load<uint32_t>(data + At::MIN_NUMEL);
+    layout.bucket_size = load<uint32_t>(data + At::BUCKET_SIZE);
     layout.sizes = cursor.take("sizes", layout.num_segments, 8, failure);
     if (!layout.sizes) return failure.status;
-    uint64_t numel = load<uint64_t>(data + 20), left = numel;
+    /* counts down from numel, since a sum of sizes could wrap around to it */
+    uint64_t numel = load<uint64_t>(data + At::NUMEL), left = numel;
     for (uint32_t segment = 0; segment < layout.num_segments; segment++) {
         uint64_t size = layout.size(segment);
         REFUSE(size > left, "sizes add up to more than numel, %llu", (unsigned long long)numel);
@@ -90,6 +94,7 @@ int parse_sizes(const uint8_t *data, Cursor &cursor, Layout &layout, Failure &fa
     return QGENX_OK;
 }
 
+/* The lengths are what finds each bucket, so that they must lead exactly to the end. */
 int check_lengths(const Parsed &parsed, Failure &failure) {
     uint64_t total = 0;
     for (Walk walk(parsed.layout); !walk.done(); walk.next()) total += parsed.bytes_of(walk.bucket, walk.numel());
@@ -98,6 +103,7 @@ int check_lengths(const Parsed &parsed, Failure &failure) {
     return QGENX_OK;
 }
 
+/* What a sender never writes: it makes such numbers NaN, which alone stands for what is not finite. */
 int check_values(const Parsed &parsed, Failure &failure) {
     for (uint64_t i = 0; i < parsed.layout.raw; i++)
         REFUSE(std::isinf(load<float>(parsed.raw + 4 * i)), "raw holds an infinite number");
@@ -110,18 +116,6 @@ int check_values(const Parsed &parsed, Failure &failure) {
 
 }  // namespace
 
-void Layout::count() {
-    numel = raw = buckets = 0;
-    for (uint32_t segment = 0; segment < num_segments; segment++) {
-        uint64_t n = size(segment);
-        numel += n;
-        if (is_raw(segment))
-            raw += n;
-        else
-            buckets += n / bucket_size + (n % bucket_size != 0);
-    }
-}
-
 uint64_t inline_bytes(const qgenx_codebook &book) { return 6 * uint64_t(book.num_levels) + 1; }
 
 uint64_t bound_of(const Layout &layout, const Code &code, uint64_t inlined) {
@@ -132,30 +126,30 @@ uint64_t bound_of(const Layout &layout, const Code &code, uint64_t inlined) {
         uint64_t buckets = n / layout.bucket_size + (n % layout.bucket_size != 0);
         coded += buckets * most_bytes(code, n < layout.bucket_size ? n : layout.bucket_size);
     }
-    return HEADER + inlined + 8 * uint64_t(layout.num_segments) + 4 * layout.raw + 6 * layout.buckets + coded +
+    return At::END + inlined + 8 * uint64_t(layout.num_segments) + 4 * layout.raw + 6 * layout.buckets + coded +
            CHECKSUM;
 }
 
 Sections write_header(const qgenx_codebook &book, const qgenx_job &job, const Layout &layout, const Code &code,
                       uint8_t *out) {
-    memcpy(out, "QGNX", 4);
-    store(out + 4, uint16_t(VERSION));
-    out[6] = uint8_t(job.inline_codebook ? 1 : 0);
-    out[7] = uint8_t(job.norm);
-    out[8] = uint8_t(book.coder);
-    out[9] = uint8_t(book.num_levels);
-    store(out + 10, uint16_t(0));
-    store(out + 12, uint64_t(0)); /* the size, known at the end */
-    store(out + 20, layout.numel);
-    store(out + 28, layout.num_segments);
-    store(out + 32, layout.min_numel);
-    store(out + 36, layout.bucket_size);
-    store(out + 40, job.seed);
-    store(out + 48, job.step);
-    store(out + 56, job.rank);
-    store(out + 60, job.stream);
-    store(out + 64, book.hash);
-    out += HEADER;
+    memcpy(out + At::MAGIC, "QGNX", 4);
+    store(out + At::VERSION, uint16_t(VERSION));
+    out[At::FLAGS] = job.inline_codebook ? FLAG_INLINE : 0;
+    out[At::NORM] = uint8_t(job.norm);
+    out[At::CODER] = uint8_t(book.coder);
+    out[At::NUM_LEVELS] = uint8_t(book.num_levels);
+    store(out + At::RESERVED, uint16_t(0));
+    store(out + At::SIZE, uint64_t(0)); /* known at the end */
+    store(out + At::NUMEL, layout.numel);
+    store(out + At::NUM_SEGMENTS, layout.num_segments);
+    store(out + At::MIN_NUMEL, layout.min_numel);
+    store(out + At::BUCKET_SIZE, layout.bucket_size);
+    store(out + At::SEED, job.seed);
+    store(out + At::STEP, job.step);
+    store(out + At::RANK, job.rank);
+    store(out + At::STREAM, job.stream);
+    store(out + At::CODEBOOK, book.hash);
+    out += At::END;
     if (job.inline_codebook) {
         memcpy(out, book.levels + 1, 4 * size_t(book.num_levels));
         memcpy(out + 4 * book.num_levels, book.lengths, 2 * size_t(book.num_levels) + 1);
@@ -170,10 +164,10 @@ Sections write_header(const qgenx_codebook &book, const qgenx_job &job, const La
     return sections;
 }
 
-int parse(const uint8_t *data, uint64_t size, int64_t expected, const Kernels &kernels, Parsed &parsed,
-          Failure &failure) {
-    if (parse_fixed(data, size, expected, kernels, failure)) return failure.status;
-    Cursor cursor{data + HEADER, data + size - CHECKSUM};
+int parse(const uint8_t *data, uint64_t size, int64_t expected, Checksum crc, Parsed &parsed, Failure &failure) {
+    if (parse_fixed(data, size, expected, crc, failure)) return failure.status;
+    /* in the order of the bytes: how many items a section has is known from those before it */
+    Cursor cursor{data + At::END, data + size - CHECKSUM};
     if (parse_codebook(data, cursor, parsed, failure)) return failure.status;
     if (parse_sizes(data, cursor, parsed.layout, failure)) return failure.status;
     const Layout &layout = parsed.layout;
@@ -181,8 +175,7 @@ int parse(const uint8_t *data, uint64_t size, int64_t expected, const Kernels &k
     if (!(parsed.norms = cursor.take("norms", layout.buckets, 4, failure))) return failure.status;
     if (check_values(parsed, failure)) return failure.status;
     parsed.lengths = nullptr;
-    if (parsed.book.coder != QGENX_FIXED &&
-        !(parsed.lengths = cursor.take("lengths", layout.buckets, 2, failure)))
+    if (parsed.book.coder != QGENX_FIXED && !(parsed.lengths = cursor.take("lengths", layout.buckets, 2, failure)))
         return failure.status;
     parsed.coded = cursor.at;
     parsed.coded_size = uint64_t(cursor.end - cursor.at);

@@ -4,20 +4,41 @@
 
 #include <cstdarg>
 #include <cstdio>
-#include <cstring>
 #include <vector>
 
+#include "checksum.h"
 #include "code.h"
-#include "kernels.h"
-
-static_assert(sizeof(float) == 4, "floats are IEEE binary32");
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "the payload is little-endian, and so must be the machine"
-#endif
+#include "layout.h"
 
 namespace qgenx {
 
-constexpr uint32_t VERSION = 3, HEADER = 72, CHECKSUM = 4;
+constexpr uint32_t VERSION = 3, CHECKSUM = 4; /* the latter in bytes */
+
+/* Where the header's fields begin, and after them where it ends. */
+struct At {
+    enum : uint32_t {
+        MAGIC = 0,
+        VERSION = 4,
+        FLAGS = 6,
+        NORM = 7,
+        CODER = 8,
+        NUM_LEVELS = 9,
+        RESERVED = 10,
+        SIZE = 12,
+        NUMEL = 20,
+        NUM_SEGMENTS = 28,
+        MIN_NUMEL = 32,
+        BUCKET_SIZE = 36,
+        SEED = 40,
+        STEP = 48,
+        RANK = 56,
+        STREAM = 60,
+        CODEBOOK = 64,
+        END = 72
+    };
+};
+
+constexpr uint8_t FLAG_INLINE = 1; /* of At::FLAGS: levels and code lengths follow the header */
 
 /* What has gone wrong, as a value. */
 struct Failure {
@@ -33,91 +54,14 @@ struct Failure {
     }
 };
 
-template <class T>
-inline T load(const uint8_t *at) {
-    T value;
-    memcpy(&value, at, sizeof(T));
-    return value;
-}
-
-template <class T>
-inline void store(uint8_t *at, T value) {
-    memcpy(at, &value, sizeof(T));
-}
-
-/* How a vector is cut. Sizes lie in a payload or in a caller's array, maybe unaligned. */
-struct Layout {
-    const uint8_t *sizes = nullptr;
-    uint32_t num_segments = 0, min_numel = 0, bucket_size = 1;
-    uint64_t numel = 0, raw = 0, buckets = 0;
-
-    uint64_t size(uint32_t segment) const { return load<uint64_t>(sizes + 8 * uint64_t(segment)); }
-    bool is_raw(uint32_t segment) const { return size(segment) < min_numel; }
-    void count();
-    bool same_cut(const Layout &other) const {
-        return num_segments == other.num_segments && min_numel == other.min_numel &&
-               bucket_size == other.bucket_size && memcmp(sizes, other.sizes, 8 * size_t(num_segments)) == 0;
-    }
-};
-
-/* A walk over a layout's buckets, in their order. */
-struct Walk {
-    const Layout &layout;
-    uint32_t segment = 0;
-    uint64_t segment_start = 0, offset = 0, bucket = 0; /* offset of the bucket in its segment */
-
-    explicit Walk(const Layout &of, uint64_t to = 0) : layout(of) {
-        settle();
-        skip(to);
-    }
-    bool done() const { return segment == layout.num_segments; }
-    uint64_t position() const { return segment_start + offset; }
-    int numel() const {
-        uint64_t left = layout.size(segment) - offset;
-        return int(left < layout.bucket_size ? left : layout.bucket_size);
-    }
-    void next() {
-        offset += layout.bucket_size;
-        bucket++;
-        if (offset >= layout.size(segment)) leave();
-    }
-
-  private:
-    void settle() {
-        while (!done() && (layout.is_raw(segment) || layout.size(segment) == 0)) {
-            segment_start += layout.size(segment);
-            segment++;
-        }
-    }
-    void leave() {
-        segment_start += layout.size(segment);
-        segment++;
-        offset = 0;
-        settle();
-    }
-    void skip(uint64_t count) {
-        while (!done() && count) {
-            uint64_t all = (layout.size(segment) + layout.bucket_size - 1) / layout.bucket_size;
-            if (count < all) {
-                offset = count * layout.bucket_size;
-                bucket += count;
-                return;
-            }
-            count -= all;
-            bucket += all;
-            leave();
-        }
-    }
-};
-
 /* A payload whose sizes have been compared with its bytes. */
 struct Parsed {
     Layout layout;
     qgenx_codebook book;
     bool has_book;
-    Code own;             /* prepared from the payload's codebook, if it has one */
-    const Code *code;     /* that, or what decode_mean has from its caller */
-    uint64_t width;       /* of the fixed code, else 0 */
+    Code own;                                     /* prepared from the payload's codebook, if it has one */
+    const Code *code;                             /* that, or what decode_mean has from its caller */
+    uint64_t width;                               /* of the fixed code, else 0 */
     const uint8_t *raw, *norms, *lengths, *coded; /* lengths is NULL for the fixed code */
     uint64_t coded_size;
 
@@ -135,8 +79,7 @@ uint64_t inline_bytes(const qgenx_codebook &book);
 uint64_t bound_of(const Layout &layout, const Code &code, uint64_t inlined);
 Sections write_header(const qgenx_codebook &book, const qgenx_job &job, const Layout &layout, const Code &code,
                       uint8_t *out);
-int parse(const uint8_t *data, uint64_t size, int64_t expected, const Kernels &kernels, Parsed &parsed,
-          Failure &failure);
+int parse(const uint8_t *data, uint64_t size, int64_t expected, Checksum crc, Parsed &parsed, Failure &failure);
 
 }  // namespace qgenx
 

@@ -44,33 +44,33 @@ inline uint64_t negative_mask(const int8_t *symbols) {
     return mask;
 }
 
-/* The bits of the code words of symbols, a mask for each depth and 64 of them. */
-void word_planes(const Code &code, const int8_t *symbols, int words, int stride, uint64_t *planes) {
-    for (int w = 0; w < words; w++) {
+/* The bits of the code words of symbols, a mask for each depth and 64 symbols. */
+void word_planes(const Code &code, const int8_t *symbols, int masks, int stride, uint64_t *planes) {
+    for (int m = 0; m < masks; m++) {
         uint16_t found[64];
-        for (int i = 0; i < 64; i++) found[i] = code.words[uint8_t(symbols[64 * w + i])];
+        for (int i = 0; i < 64; i++) found[i] = code.words[uint8_t(symbols[64 * m + i])];
         for (int depth = 0; depth < code.depth; depth++) {
             uint64_t ones = 0;
             for (int i = 0; i < 64; i++) ones |= uint64_t(found[i] >> (15 - depth) & 1) << i;
-            planes[depth * stride + w] = ones;
+            planes[depth * stride + m] = ones;
         }
     }
 }
 
 /* Symbols from the bits of their code words. */
-void symbols_of(const Code &code, const uint64_t *planes, int words, int stride, uint8_t *symbols) {
-    for (int w = 0; w < words; w++)
+void symbols_of(const Code &code, const uint64_t *planes, int masks, int stride, uint8_t *symbols) {
+    for (int m = 0; m < masks; m++)
         for (int i = 0; i < 64; i++) {
             unsigned word = 0;
-            for (int depth = 0; depth < code.depth; depth++) word = word << 1 | (planes[depth * stride + w] >> i & 1);
-            symbols[64 * w + i] = uint8_t(code.symbols[word]);
+            for (int depth = 0; depth < code.depth; depth++) word = word << 1 | (planes[depth * stride + m] >> i & 1);
+            symbols[64 * m + i] = uint8_t(code.symbols[word]);
         }
 }
 
 /* -1 where a mask has a one, else 1. */
-void signs_of(const uint64_t *negative, int words, uint8_t *symbols) {
-    for (int w = 0; w < words; w++)
-        for (int i = 0; i < 64; i++) symbols[64 * w + i] = negative[w] >> i & 1 ? 255 : 1;
+void signs_of(const uint64_t *negative, int masks, uint8_t *symbols) {
+    for (int m = 0; m < masks; m++)
+        for (int i = 0; i < 64; i++) symbols[64 * m + i] = negative[m] >> i & 1 ? 255 : 1;
 }
 
 /* In place, from symbol + s; false if one is above 2 s. */
@@ -85,8 +85,7 @@ bool codes_to_symbols(uint8_t *codes, int n, int num_levels) {
 
 /* Symbols of four bits, two a byte, the first lower. */
 void pack_nibbles(const int8_t *symbols, int n, int num_levels, uint8_t *out) {
-    for (int i = 0; i < n; i += 2)
-        out[i / 2] = uint8_t((symbols[i] + num_levels) | (symbols[i + 1] + num_levels) << 4);
+    for (int i = 0; i < n; i += 2) out[i / 2] = uint8_t((symbols[i] + num_levels) | (symbols[i + 1] + num_levels) << 4);
 }
 
 void unpack_nibbles(const uint8_t *bytes, int n, uint8_t *codes) {
@@ -98,19 +97,19 @@ void accumulate(const Code &, const uint8_t *symbols, int n, const float *table,
     for (int i = 0; i < n; i++) out[i] = ((add ? out[i] : 0.0f) + table[symbols[i]]) / divisor;
 }
 
-inline uint32_t hash(uint32_t x, const uint32_t *words) {
-    x += words[0];
+inline uint32_t hash(uint32_t x, const uint32_t *key) {
+    x += key[0];
     x ^= x >> 16;
     x *= 0x7FEB352Du;
     x ^= x >> 15;
-    x += words[1];
+    x += key[1];
     x *= 0x846CA68Bu;
     return x ^ x >> 16;
 }
 
 int level_below(const Code &code, float u) {
     int last = code.num_levels - 1, j = 0;
-    if (!code.start.empty()) {
+    if (code.search == Search::SLOTS) {
         uint32_t bits;
         memcpy(&bits, &u, 4);
         j = code.start[size_t(slot_of(bits))];
@@ -122,13 +121,13 @@ int level_below(const Code &code, float u) {
 void round_values(const Code &code, const float *values, int n, float norm, const Draws &draws, int8_t *symbols) {
     float unit = float(1 << code.draw_bits), top = float(code.num_levels) * unit;
     float uniform_scale = top / norm, inverse = 1.0f / norm;
-    uint32_t words[2] = {draws.words[0] + uint32_t(draws.position),
-                         draws.words[1] + uint32_t(draws.position >> 32) * 0x9E3779B9u};
+    uint32_t key[2] = {draws.key[0] + uint32_t(draws.position),
+                       draws.key[1] + uint32_t(draws.position >> 32) * 0x9E3779B9u};
     for (int i = 0; i < n; i++) {
-        uint32_t random = hash(uint32_t(i / 16 * 8 + i % 8), words);
+        uint32_t random = hash(uint32_t(i / 16 * 8 + i % 8), key);
         int draw = int((i & 8 ? random >> 16 : random & 0xFFFFu) >> (16 - code.draw_bits)), index;
         float magnitude = fabsf(values[i]);
-        if (code.uniform) {
+        if (code.search == Search::UNIFORM) {
             float x = magnitude * uniform_scale;
             index = (int(lrintf(x < top ? x : top)) + draw) >> code.draw_bits;
         } else {
@@ -142,10 +141,10 @@ void round_values(const Code &code, const float *values, int n, float norm, cons
     }
 }
 
-#include "bits.h"
-#include "words.h"
-#include "runs.h"
-#include "bucket.h"
+#include "bits.inl"
+#include "words.inl"
+#include "runs.inl"
+#include "bucket.inl"
 
 /* 16 lanes in float64, folded in halves, the root rounded up: docs/wire_format.md. */
 float l2(const float *values, int n) {
@@ -206,8 +205,8 @@ uint32_t crc(uint32_t crc, const uint8_t *data, uint64_t size) {
 
 const Kernels &portable_kernels() {
     using namespace portable;
-    static const Kernels kernels{norm,          round_bucket,     encode_bucket,
-                                 decode_bucket, histogram_bucket, moments_bucket, crc};
+    static const Kernels kernels{norm,           round_bucket, encode_bucket, decode_bucket, histogram_bucket,
+                                 moments_bucket, crc};
     return kernels;
 }
 

@@ -65,7 +65,7 @@ typedef struct {
     uint32_t norm;
     uint64_t seed, step;
     uint32_t rank, stream;
-    uint32_t words[2];        /* what the draws are made of: the key, mixed */
+    uint32_t key[2];          /* these four, mixed: what the draws are made of */
     uint32_t inline_codebook; /* whether levels and lengths travel too */
 } qgenx_job;
 
@@ -103,8 +103,8 @@ QGENX_API int qgenx_statistics(const qgenx_job *job, const float *vector, qgenx_
                                char *message);
 
 /* Sums, over coordinates whose `decoded` is finite, of (decoded - vector)^2 and vector^2. */
-QGENX_API void qgenx_error(const float *vector, const float *decoded, uint64_t numel, double *squared_error,
-                           double *squared_norm, int threads);
+QGENX_API void qgenx_squared_error(const float *vector, const float *decoded, uint64_t numel, double *squared_error,
+                                   double *squared_norm, int threads);
 
 #ifdef __cplusplus
 }

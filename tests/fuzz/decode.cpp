@@ -12,10 +12,10 @@
 namespace {
 
 constexpr uint64_t MOST = 1 << 16; /* coordinates that are decoded; the caller allocates them, not the core */
-constexpr size_t OPTIONS = 40, CUT = 46;
-const char *const NAMES[] = {"size",        "magic", "version", "checksum", "flags",   "reserved", "norm",
-                             "coder",       "num_levels", "bucket_size", "numel", "levels", "code lengths", "codebook",
-                             "sizes",       "raw",   "norms",   "lengths",  "coded"};
+constexpr size_t OPTIONS = At::SEED, CUT = At::SEED + 6;
+const char *const NAMES[] = {"size",  "magic",      "version",     "checksum", "flags",  "reserved",     "norm",
+                             "coder", "num_levels", "bucket_size", "numel",    "levels", "code lengths", "codebook",
+                             "sizes", "raw",        "norms",       "lengths",  "coded"};
 
 struct Tally {
     uint64_t tried = 0, rejected = 0, too_long = 0;
@@ -51,10 +51,12 @@ Input read_input(const uint8_t *data, size_t size) {
     if (options & 4) input.payloads.push_back(input.payloads[0]);
     for (Bytes &payload : input.payloads)
         if (!(options & 1)) sign(payload);
-    bool whole = size >= HEADER_BYTES;
-    uint32_t coder = whole ? data[8] % 6 : 0, num_levels = whole ? (data[9] - 1u) % QGENX_MAX_LEVELS + 1 : 3;
-    uint64_t hash = whole ? get<uint64_t>(data + 64) + (options & 8) : 0;
-    input.book = make_book(coder, num_levels, Table::UNIFORM, Words(options >> 4 & 1 ? Words::RUNS : Words::FLAT), hash);
+    bool whole = size >= At::END;
+    uint32_t coder = whole ? data[At::CODER] % 6 : 0,
+             num_levels = whole ? (data[At::NUM_LEVELS] - 1u) % QGENX_MAX_LEVELS + 1 : 3;
+    uint64_t hash = whole ? get<uint64_t>(data + At::CODEBOOK) + (options & 8) : 0;
+    input.book =
+        make_book(coder, num_levels, Table::UNIFORM, Words(options >> 4 & 1 ? Words::RUNS : Words::FLAT), hash);
     return input;
 }
 
@@ -84,8 +86,8 @@ Outcome decode(const Input &input, std::vector<float> &out, qgenx_path path) {
     }
     Outcome outcome = {};
     memory::Watch watch;
-    outcome.status = qgenx_decode_mean(&input.book, payloads.data(), sizes.data(), uint32_t(payloads.size()), out.data(),
-                                       out.size(), 1, path, outcome.message);
+    outcome.status = qgenx_decode_mean(&input.book, payloads.data(), sizes.data(), uint32_t(payloads.size()),
+                                       out.data(), out.size(), 1, path, outcome.message);
     memory::check(int64_t(payloads.size()), 1);
     return outcome;
 }
@@ -93,7 +95,8 @@ Outcome decode(const Input &input, std::vector<float> &out, qgenx_path path) {
 bool same(const std::vector<float> &a, const std::vector<float> &b) {
     for (size_t i = 0; i < a.size(); i++)
         if (get<uint32_t>(reinterpret_cast<const uint8_t *>(&a[i])) !=
-                get<uint32_t>(reinterpret_cast<const uint8_t *>(&b[i])) && !(std::isnan(a[i]) && std::isnan(b[i])))
+                get<uint32_t>(reinterpret_cast<const uint8_t *>(&b[i])) &&
+            !(std::isnan(a[i]) && std::isnan(b[i])))
             return false;
     return true;
 }

@@ -13,9 +13,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 namespace {
 
-const uint64_t EXTREMES[] = {0,     1,      2,      3,          127,        128,        255,       256,      16384,
-                             16385, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1ull << 32, 1ull << 62,
-                             INT64_MAX, 1ull << 63, UINT64_MAX};
+const uint64_t EXTREMES[] = {0,          1,          2,          3,         127,        128,        255,
+                             256,        16384,      16385,      0xFFFF,    0x10000,    0x7FFFFFFF, 0x80000000,
+                             0xFFFFFFFF, 1ull << 32, 1ull << 62, INT64_MAX, 1ull << 63, UINT64_MAX};
 
 Bytes read_file(const char *name) {
     FILE *file = fopen(name, "rb");
@@ -51,7 +51,7 @@ std::vector<Bytes> make_payloads(Random &random) {
                 qgenx_job job = make_job(sizes, words == Words::SKEWED ? 16384 : 64, coder & 1, 4, num_levels != 7);
                 Bytes payload = encode(book, job, make_vector(200, random), 1, QGENX_PORTABLE);
                 made.push_back(payload);
-                put(payload.data() + 40, uint64_t(2) | uint64_t(payload.size()) << 48);
+                put(payload.data() + At::SEED, uint64_t(2) | uint64_t(payload.size()) << 48);
                 payload.insert(payload.end(), made.back().begin(), made.back().end());
                 made.push_back(payload);
             }
@@ -78,12 +78,12 @@ void mutate(Bytes &input, const std::vector<Bytes> &others, Random &random) {
         case 4: { /* a header's field */
             const Field &field = FIELDS[random.below(sizeof(FIELDS) / sizeof(*FIELDS))];
             uint64_t value = EXTREMES[random.below(sizeof(EXTREMES) / sizeof(*EXTREMES))];
-            if (input.size() >= HEADER_BYTES) memcpy(&input[field.offset], &value, field.size);
+            if (input.size() >= At::END) memcpy(&input[field.offset], &value, field.size);
             break;
         }
         case 5: { /* four or eight bytes behind the header */
             uint64_t value = EXTREMES[random.below(sizeof(EXTREMES) / sizeof(*EXTREMES))], size = 4 << random.below(2);
-            if (at >= HEADER_BYTES && at + size <= input.size()) memcpy(&input[at], &value, size);
+            if (at >= At::END && at + size <= input.size()) memcpy(&input[at], &value, size);
             break;
         }
         case 6: /* another's end */
@@ -116,10 +116,14 @@ int main(int count, char **arguments) {
     std::vector<Bytes> inputs;
     for (int i = 1; i < count; i++) {
         std::string word = arguments[i];
-        if (i + 1 < count && word == "--runs") runs = strtoull(arguments[++i], nullptr, 10);
-        else if (i + 1 < count && word == "--seed") seed = strtoull(arguments[++i], nullptr, 10);
-        else if (i + 1 < count && word == "--write") folder = arguments[++i];
-        else inputs.push_back(read_file(arguments[i]));
+        if (i + 1 < count && word == "--runs")
+            runs = strtoull(arguments[++i], nullptr, 10);
+        else if (i + 1 < count && word == "--seed")
+            seed = strtoull(arguments[++i], nullptr, 10);
+        else if (i + 1 < count && word == "--write")
+            folder = arguments[++i];
+        else
+            inputs.push_back(read_file(arguments[i]));
     }
     Random random{seed};
     for (const Bytes &made : make_payloads(random)) inputs.push_back(made);

@@ -11,26 +11,31 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "payload.h"
 #include "qgenx.h"
 
-#define REQUIRE(condition)                                                                    \
-    do {                                                                                      \
-        if (!(condition)) {                                                                   \
-            fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition);     \
-            abort();                                                                          \
-        }                                                                                     \
+#define REQUIRE(condition)                                                                \
+    do {                                                                                  \
+        if (!(condition)) {                                                               \
+            fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition); \
+            abort();                                                                      \
+        }                                                                                 \
     } while (0)
 
 using Bytes = std::vector<uint8_t>;
 
-constexpr size_t HEADER_BYTES = 72, CHECKSUM_BYTES = 4;
+using qgenx::At;
+using qgenx::CHECKSUM;
 
 /* Where the header's fields begin, and their bytes. */
 struct Field {
     size_t offset, size;
 };
-constexpr Field FIELDS[] = {{0, 4},  {4, 2},  {6, 1},  {7, 1},  {8, 1},  {9, 1},  {10, 2}, {12, 8},
-                            {20, 8}, {28, 4}, {32, 4}, {36, 4}, {40, 8}, {48, 8}, {56, 4}, {60, 4}, {64, 8}};
+constexpr Field FIELDS[] = {{At::MAGIC, 4},   {At::VERSION, 2},      {At::FLAGS, 1},     {At::NORM, 1},
+                            {At::CODER, 1},   {At::NUM_LEVELS, 1},   {At::RESERVED, 2},  {At::SIZE, 8},
+                            {At::NUMEL, 8},   {At::NUM_SEGMENTS, 4}, {At::MIN_NUMEL, 4}, {At::BUCKET_SIZE, 4},
+                            {At::SEED, 8},    {At::STEP, 8},         {At::RANK, 4},      {At::STREAM, 4},
+                            {At::CODEBOOK, 8}};
 
 template <class T>
 inline T get(const uint8_t *at) {
@@ -46,13 +51,13 @@ inline void put(uint8_t *at, T value) {
 
 /* Makes size and checksum right, so that the rest is looked at. */
 inline void sign(Bytes &payload) {
-    if (payload.size() < HEADER_BYTES + CHECKSUM_BYTES) return;
-    put(payload.data() + 12, uint64_t(payload.size()));
-    size_t content = payload.size() - CHECKSUM_BYTES;
+    if (payload.size() < At::END + CHECKSUM) return;
+    put(payload.data() + At::SIZE, uint64_t(payload.size()));
+    size_t content = payload.size() - CHECKSUM;
     put(payload.data() + content, qgenx::portable_kernels().crc(0, payload.data(), content));
 }
 
-enum class Table { UNIFORM, EXPONENTIAL, CROWDED };
+enum class Table { UNIFORM, EXPONENTIAL, CROWDED, TINY, COUNT };
 enum class Words { FLAT, SKEWED, RUNS, ONES };
 
 inline uint32_t bits_of(uint32_t n) { return n ? 1 + bits_of(n / 2) : 0; }
@@ -87,10 +92,12 @@ inline qgenx_codebook make_book(uint32_t coder, uint32_t num_levels, Table table
     book.hash = hash;
     for (uint32_t j = 0; j <= num_levels; j++) {
         double place = double(j) / num_levels;
-        book.levels[j] = float(table == Table::UNIFORM ? place
+        book.levels[j] = float(table == Table::UNIFORM                          ? place
                                : table == Table::CROWDED && j && j < num_levels ? 0.5 + place / 4096
-                               : table == Table::CROWDED ? place
-                               : j ? std::pow(0.8, num_levels - j) : 0.0);
+                               : table == Table::CROWDED                        ? place
+                               : table == Table::TINY                           ? (j < num_levels ? j * 0x1p-126 : 1.0)
+                               : j                                              ? std::pow(0.8, num_levels - j)
+                                                                                : 0.0);
     }
     for (uint32_t i = 0; i <= 2 * num_levels; i++)
         book.lengths[i] = uint8_t(word_length(coder, num_levels, words, int(i) - int(num_levels)));
@@ -105,8 +112,8 @@ inline qgenx_job make_job(const std::vector<uint64_t> &sizes, uint32_t bucket_si
     job.min_numel = min_numel;
     job.bucket_size = bucket_size;
     job.norm = norm;
-    job.words[0] = 0x12345678u;
-    job.words[1] = 0x9abcdef0u;
+    job.key[0] = 0x12345678u;
+    job.key[1] = 0x9abcdef0u;
     job.inline_codebook = with_codebook;
     return job;
 }

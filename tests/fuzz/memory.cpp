@@ -9,7 +9,8 @@ void *get(size_t size) {
     void *block = malloc(size ? size : 1);
     if (!block || !memory::watching) return block;
     int64_t now = memory::held += int64_t(malloc_usable_size(block));
-    for (int64_t before = memory::most; now > before && !memory::most.compare_exchange_weak(before, now);) {}
+    for (int64_t before = memory::most; now > before && !memory::most.compare_exchange_weak(before, now);) {
+    }
     return block;
 }
 

@@ -14,7 +14,7 @@ namespace memory {
 
 inline std::atomic<bool> watching{false};
 inline std::atomic<int64_t> held{0}, most{0}; /* bytes now, and at most, since the watch began */
-inline std::atomic<int64_t> left{-1}; /* allocations until one fails; negative for never */
+inline std::atomic<int64_t> left{-1};         /* allocations until one fails; negative for never */
 
 /* Watches while it lives. */
 struct Watch {

@@ -64,7 +64,8 @@ void check_values(const std::vector<float> &decoded, const std::vector<float> &e
         REQUIRE(decoded[i] == expected[i] || (std::isnan(decoded[i]) && std::isnan(expected[i])));
 }
 
-std::vector<float> decode(const qgenx_codebook &book, const Bytes &payload, size_t numel, int threads, qgenx_path path) {
+std::vector<float> decode(const qgenx_codebook &book, const Bytes &payload, size_t numel, int threads,
+                          qgenx_path path) {
     char message[QGENX_MESSAGE];
     uint64_t found = 0, size = payload.size();
     const uint8_t *at = payload.data();
@@ -85,7 +86,8 @@ void round_trip(const qgenx_codebook &book, const qgenx_job &job, const std::vec
     REQUIRE(payload == encode(book, job, vector, threads, best));
     std::vector<float> expected = expected_of(book, job, vector, QGENX_PORTABLE);
     check_values(expected_of(book, job, vector, best), expected);
-    for (qgenx_path path : {QGENX_PORTABLE, best}) check_values(decode(book, payload, vector.size(), threads, path), expected);
+    for (qgenx_path path : {QGENX_PORTABLE, best})
+        check_values(decode(book, payload, vector.size(), threads, path), expected);
 }
 
 void statistics(const qgenx_job &job, const std::vector<float> &vector, int threads, qgenx_form form) {
@@ -95,8 +97,8 @@ void statistics(const qgenx_job &job, const std::vector<float> &vector, int thre
         std::vector<int64_t> &bins = found[path];
         bins.assign(2 * QGENX_NUM_BINS + 1, -1);
         int32_t exponent = 0;
-        REQUIRE(qgenx_statistics(&job, vector.data(), form, &exponent, -1000, bins.data(), bins.data() + QGENX_NUM_BINS, threads,
-                                 path, message) == QGENX_OK);
+        REQUIRE(qgenx_statistics(&job, vector.data(), form, &exponent, -1000, bins.data(), bins.data() + QGENX_NUM_BINS,
+                                 threads, path, message) == QGENX_OK);
         bins.back() = exponent;
     }
     REQUIRE(qgenx_best_path() == QGENX_PORTABLE || found[0] == found[1]);
@@ -106,9 +108,10 @@ std::vector<qgenx_codebook> make_books() {
     std::vector<qgenx_codebook> books;
     for (uint32_t num_levels : {1u, 3u, 7u, 8u, 15u, 16u, 64u, 127u})
         for (uint32_t coder = QGENX_FIXED; coder <= QGENX_ELIAS_RUNS; coder++) {
-            Table table = Table((num_levels + coder) % 3);
+            Table table = Table((num_levels + coder) % uint32_t(Table::COUNT));
             if (coder == QGENX_HUFFMAN)
-                for (Words words : {Words::SKEWED, Words::RUNS, Words::ONES}) books.push_back(make_book(coder, num_levels, table, words));
+                for (Words words : {Words::SKEWED, Words::RUNS, Words::ONES})
+                    books.push_back(make_book(coder, num_levels, table, words));
             books.push_back(make_book(coder, num_levels, table, Words::FLAT));
         }
     return books;
@@ -117,7 +120,8 @@ std::vector<qgenx_codebook> make_books() {
 /* Every allocation fails in its turn: a status, no crash and no leak. */
 void starve(const qgenx_codebook &book, const qgenx_job &job, const std::vector<float> &vector, int threads) {
     char message[QGENX_MESSAGE];
-    Bytes payload = encode(book, job, vector, threads, QGENX_PORTABLE), room(2 * payload.size() + 4 * vector.size() + 4096);
+    Bytes payload = encode(book, job, vector, threads, QGENX_PORTABLE),
+          room(2 * payload.size() + 4 * vector.size() + 4096);
     std::vector<float> out(vector.size());
     const uint8_t *at = payload.data();
     uint64_t size = payload.size(), written = 0;
@@ -131,8 +135,7 @@ void starve(const qgenx_codebook &book, const qgenx_job &job, const std::vector<
     }
     for (int64_t allocation = 0, failed = 1; failed; allocation++) {
         memory::Watch watch(allocation);
-        int two = qgenx_decode_mean(&book, &at, &size, 1, out.data(), out.size(), threads,
-                                    qgenx_best_path(), message);
+        int two = qgenx_decode_mean(&book, &at, &size, 1, out.data(), out.size(), threads, qgenx_best_path(), message);
         failed = memory::left < 0;
         REQUIRE(failed || two == QGENX_OK);
         REQUIRE(two == QGENX_OK || two == QGENX_NO_MEMORY);
@@ -147,7 +150,7 @@ void in_threads(const qgenx_codebook &book) {
     round_trip(book, job, vector, 3);
     for (qgenx_form form : {QGENX_HISTOGRAM, QGENX_MOMENTS}) statistics(job, vector, 3, form);
     double error = 0, norm = 0;
-    qgenx_error(vector.data(), vector.data(), vector.size(), &error, &norm, 3);
+    qgenx_squared_error(vector.data(), vector.data(), vector.size(), &error, &norm, 3);
     REQUIRE(error == 0 && norm > 0);
     starve(book, job, vector, 2);
     Bytes payload = encode(book, job, vector, 3, qgenx_best_path());
@@ -184,7 +187,6 @@ int main() {
     for (const qgenx_codebook &book : {make_book(QGENX_HUFFMAN, 20, Table::EXPONENTIAL, Words::SKEWED),
                                        make_book(QGENX_ELIAS_RUNS, 3, Table::CROWDED, Words::FLAT)})
         in_threads(book);
-    fprintf(stderr, "%u round trips; the core held %lld bytes at most to decode a payload\n", trips,
-            (long long)most);
+    fprintf(stderr, "%u round trips; the core held %lld bytes at most to decode a payload\n", trips, (long long)most);
     return 0;
 }

@@ -1,4 +1,6 @@
-/* Symbols to the bits of their code words, as masks for each depth, and back. It is included into avx2.cpp. */
+/* Symbols to the bits of their code words, as masks for each depth, and back.
+ * Included by avx2.cpp alone, into its namespace. Needs there: load, store, twice, top_bits.
+ */
 
 /* The bits of `places` change places with those SHIFT above them. */
 template <int SHIFT>
@@ -15,7 +17,7 @@ inline __m256i transpose_bits(__m256i x) {
 }
 
 /* Four rows of four 64-bit numbers become columns. */
-inline void transpose_words(__m256i *row) {
+inline void transpose_masks(__m256i *row) {
     __m256i a = _mm256_unpacklo_epi64(row[0], row[1]), b = _mm256_unpackhi_epi64(row[0], row[1]);
     __m256i c = _mm256_unpacklo_epi64(row[2], row[3]), d = _mm256_unpackhi_epi64(row[2], row[3]);
     row[0] = _mm256_permute2x128_si256(a, c, 0x20);
@@ -34,8 +36,8 @@ inline void bits_of_bytes(__m256i low, __m256i high, __m256i *first, __m256i *se
     const __m256i even = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
     low = _mm256_permutevar8x32_epi32(transpose_bits(low), even); /* by fours: masks 0 to 3, then 4 to 7 */
     high = _mm256_permutevar8x32_epi32(transpose_bits(high), even);
-    const __m256i by_mask = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(3, 7, 11, 15, 2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12));
+    const __m256i by_mask =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(3, 7, 11, 15, 2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12));
     low = _mm256_shuffle_epi8(low, by_mask);
     high = _mm256_shuffle_epi8(high, by_mask);
     __m256i a = _mm256_unpacklo_epi32(low, high), b = _mm256_unpackhi_epi32(low, high);
@@ -57,10 +59,10 @@ inline void bytes_of_bits(__m256i first, __m256i second, __m256i *low, __m256i *
 constexpr int FEW_BITS = 4;
 
 inline void put_few_planes(const __m256i *bytes, int count, int stride, uint64_t *planes) {
-    for (int w = 0; w < 4; w++) {
-        __m256i low = bytes[2 * w], high = bytes[2 * w + 1];
+    for (int m = 0; m < 4; m++) {
+        __m256i low = bytes[2 * m], high = bytes[2 * m + 1];
         for (int bit = 0; bit < count; bit++) {
-            planes[bit * stride + w] = top_bits(low, high);
+            planes[bit * stride + m] = top_bits(low, high);
             low = _mm256_add_epi8(low, low);
             high = _mm256_add_epi8(high, high);
         }
@@ -72,9 +74,9 @@ inline __m256i spread_mask(const void *mask) {
     const __m256i source = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3,
                                             3, 3, 3, 3, 3, 3, 3);
     const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201ull));
-    uint32_t word;
-    memcpy(&word, mask, 4);
-    __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(int(word)), source);
+    uint32_t bits;
+    memcpy(&bits, mask, 4);
+    __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(int(bits)), source);
     return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
 }
 
@@ -92,9 +94,9 @@ inline void get_few_planes(const uint64_t *planes, int count, int stride, __m256
 inline void put_planes(const __m256i *bytes, int count, int stride, uint64_t *planes) {
     if (count <= FEW_BITS) return put_few_planes(bytes, count, stride, planes);
     __m256i mask[8];
-    for (int w = 0; w < 4; w++) bits_of_bytes(bytes[2 * w], bytes[2 * w + 1], mask + w, mask + 4 + w);
-    transpose_words(mask);
-    transpose_words(mask + 4);
+    for (int m = 0; m < 4; m++) bits_of_bytes(bytes[2 * m], bytes[2 * m + 1], mask + m, mask + 4 + m);
+    transpose_masks(mask);
+    transpose_masks(mask + 4);
     for (int bit = 0; bit < count; bit++) store(planes + bit * stride, mask[bit]);
 }
 
@@ -102,9 +104,9 @@ inline void get_planes(const uint64_t *planes, int count, int stride, __m256i *b
     if (count <= FEW_BITS) return get_few_planes(planes, count, stride, bytes);
     __m256i mask[8];
     for (int bit = 0; bit < 8; bit++) mask[bit] = bit < count ? load(planes + bit * stride) : _mm256_setzero_si256();
-    transpose_words(mask);
-    transpose_words(mask + 4);
-    for (int w = 0; w < 4; w++) bytes_of_bits(mask[w], mask[4 + w], bytes + 2 * w, bytes + 2 * w + 1);
+    transpose_masks(mask);
+    transpose_masks(mask + 4);
+    for (int m = 0; m < 4; m++) bytes_of_bits(mask[m], mask[4 + m], bytes + 2 * m, bytes + 2 * m + 1);
 }
 
 /* The bytes of 256 words. */
@@ -134,13 +136,13 @@ struct WordBytes {
     }
 };
 
-void word_planes(const Code &code, const int8_t *symbols, int words, int stride, uint64_t *planes) {
+void word_planes(const Code &code, const int8_t *symbols, int masks, int stride, uint64_t *planes) {
     WordBytes bytes;
     int first = code.depth < 8 ? code.depth : 8, second = code.depth - first;
-    for (int w = 0; w < words; w += 4) {
-        code.few ? bytes.of_few(code, symbols + 64 * w) : bytes.of_many(code, symbols + 64 * w);
-        put_planes(bytes.first, first, stride, planes + w);
-        if (second) put_planes(bytes.second, second, stride, planes + 8 * stride + w);
+    for (int m = 0; m < masks; m += 4) {
+        code.few ? bytes.of_few(code, symbols + 64 * m) : bytes.of_many(code, symbols + 64 * m);
+        put_planes(bytes.first, first, stride, planes + m);
+        if (second) put_planes(bytes.second, second, stride, planes + 8 * stride + m);
     }
 }
 
@@ -155,18 +157,18 @@ inline __m256i few_symbols(const Code &code, __m256i bytes) {
     return found;
 }
 
-void symbols_of(const Code &code, const uint64_t *planes, int words, int stride, uint8_t *symbols) {
+void symbols_of(const Code &code, const uint64_t *planes, int masks, int stride, uint8_t *symbols) {
     int first = code.depth < 8 ? code.depth : 8, second = code.depth - first;
     bool few = code.few && !second;
-    for (int w = 0; w < words; w += 4, symbols += 256) {
+    for (int m = 0; m < masks; m += 4, symbols += 256) {
         __m256i bytes[8], more[8];
-        get_planes(planes + w, first, stride, bytes);
+        get_planes(planes + m, first, stride, bytes);
         if (few) {
             for (int i = 0; i < 8; i++) store(symbols + 32 * i, few_symbols(code, bytes[i]));
             continue;
         }
         alignas(32) uint8_t high[256], low[256] = {};
-        if (second) get_planes(planes + 8 * stride + w, second, stride, more);
+        if (second) get_planes(planes + 8 * stride + m, second, stride, more);
         for (int i = 0; i < 8; i++) store(high + 32 * i, bytes[i]);
         for (int i = 0; i < 8 && second; i++) store(low + 32 * i, more[i]);
         int drop = 16 - code.depth;
@@ -175,8 +177,8 @@ void symbols_of(const Code &code, const uint64_t *planes, int words, int stride,
 }
 
 /* -1 where a mask has a one, else 1. */
-void signs_of(const uint64_t *negative, int words, uint8_t *symbols) {
-    for (int half = 0; half < 2 * words; half++)
+void signs_of(const uint64_t *negative, int masks, uint8_t *symbols) {
+    for (int half = 0; half < 2 * masks; half++)
         store(symbols + 32 * half, _mm256_or_si256(spread_mask(reinterpret_cast<const uint8_t *>(negative) + 4 * half),
                                                    _mm256_set1_epi8(1)));
 }

@@ -1,7 +1,6 @@
-/* Stochastic rounding of 32 elements at a time. It is included into avx2.cpp. */
-
-/* Evenly spaced levels; at most seven short ones; at most 8, at most 15, more of any kind. */
-enum class Kind { UNIFORM, FEW, EIGHT, SOME, MANY };
+/* Stochastic rounding of 32 elements at a time.
+ * Included by avx2.cpp alone, into its namespace. Needs there: load, store.
+ */
 
 /* What rounding needs of a bucket, in vectors. The product with 2^b = `unit` is exact, so that tables may hold it. */
 struct Rounding {
@@ -9,24 +8,24 @@ struct Rounding {
     __m256 scale, top, unit; /* of UNIFORM: s 2^b / norm and s 2^b; of the others: 1 / norm and 1 */
     __m256 levels[2], gaps[2];
     __m256i short_levels[6]; /* upper halves of l_1 and on, less one in the last place */
-    __m256i words[2];
+    __m256i key[2];
 };
 
 inline __m256i random_bits(const Rounding &r, __m256i counter) {
-    __m256i x = _mm256_add_epi32(counter, r.words[0]);
+    __m256i x = _mm256_add_epi32(counter, r.key[0]);
     x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
     x = _mm256_mullo_epi32(x, _mm256_set1_epi32(0x7FEB352D));
     x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 15));
-    x = _mm256_add_epi32(x, r.words[1]);
+    x = _mm256_add_epi32(x, r.key[1]);
     x = _mm256_mullo_epi32(x, _mm256_set1_epi32(int(0x846CA68Bu)));
     return _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
 }
 
-template <Kind KIND>
+template <Search SEARCH>
 inline __m256 pick(const __m256 *tables, const float *all, __m256i j) {
-    if (KIND == Kind::MANY) return _mm256_i32gather_ps(all, j, 4);
+    if (SEARCH == Search::SLOTS) return _mm256_i32gather_ps(all, j, 4);
     __m256 low = _mm256_permutevar8x32_ps(tables[0], j);
-    if (KIND == Kind::FEW || KIND == Kind::EIGHT) return low;
+    if (SEARCH == Search::SHORT || SEARCH == Search::EIGHT) return low;
     __m256 high = _mm256_permutevar8x32_ps(tables[1], j);
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(j, 28)));
 }
@@ -69,11 +68,11 @@ inline __m256i many_below(const Rounding &r, __m256 u) {
     }
 }
 
-template <Kind KIND>
+template <Search SEARCH>
 inline Pair levels_below(const Rounding &r, __m256 a, __m256 b) {
-    if (KIND == Kind::UNIFORM) return {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    if (KIND == Kind::FEW) return few_below(r, a, b);
-    if (KIND == Kind::MANY) return {many_below(r, a), many_below(r, b)};
+    if (SEARCH == Search::UNIFORM) return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    if (SEARCH == Search::SHORT) return few_below(r, a, b);
+    if (SEARCH == Search::SLOTS) return {many_below(r, a), many_below(r, b)};
     return {some_below(r, a), some_below(r, b)};
 }
 
@@ -82,12 +81,12 @@ inline __m256 scaled(const Rounding &r, const float *values) {
     return _mm256_min_ps(_mm256_mul_ps(_mm256_andnot_ps(sign, _mm256_loadu_ps(values)), r.scale), r.top);
 }
 
-template <Kind KIND, int BITS>
+template <Search SEARCH, int BITS>
 inline __m256i symbols_at(const Rounding &r, const float *values, __m256 x, __m256i j, __m256i draw) {
-    if (KIND != Kind::UNIFORM) {
-        x = _mm256_sub_ps(x, pick<KIND>(r.levels, r.code.levels, j));
-        x = _mm256_mul_ps(x, pick<KIND>(r.gaps, r.code.inverse_gaps, j));
-        if (KIND == Kind::MANY) x = _mm256_mul_ps(x, r.unit);
+    if (SEARCH != Search::UNIFORM) {
+        x = _mm256_sub_ps(x, pick<SEARCH>(r.levels, r.code.levels, j));
+        x = _mm256_mul_ps(x, pick<SEARCH>(r.gaps, r.code.inverse_gaps, j));
+        if (SEARCH == Search::SLOTS) x = _mm256_mul_ps(x, r.unit);
     }
     __m256i index = _mm256_srli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(x), draw), BITS);
     index = _mm256_add_epi32(index, j);
@@ -95,44 +94,44 @@ inline __m256i symbols_at(const Rounding &r, const float *values, __m256 x, __m2
 }
 
 /* 16 elements; each hash has the draws of two. */
-template <Kind KIND, int BITS>
+template <Search SEARCH, int BITS>
 inline __m256i round_16(const Rounding &r, const float *values, __m256i hash) {
     const __m256i low = _mm256_set1_epi32((1 << BITS) - 1);
     __m256 a = scaled(r, values), b = scaled(r, values + 8);
-    Pair j = levels_below<KIND>(r, a, b);
+    Pair j = levels_below<SEARCH>(r, a, b);
     return _mm256_packs_epi32(
-        symbols_at<KIND, BITS>(r, values, a, j.a, _mm256_and_si256(_mm256_srli_epi32(hash, 16 - BITS), low)),
-        symbols_at<KIND, BITS>(r, values + 8, b, j.b, _mm256_srli_epi32(hash, 32 - BITS)));
+        symbols_at<SEARCH, BITS>(r, values, a, j.a, _mm256_and_si256(_mm256_srli_epi32(hash, 16 - BITS), low)),
+        symbols_at<SEARCH, BITS>(r, values + 8, b, j.b, _mm256_srli_epi32(hash, 32 - BITS)));
 }
 
 /* 32 elements; `counter` counts their draws. */
-template <Kind KIND, int BITS>
+template <Search SEARCH, int BITS>
 inline void round_32(const Rounding &r, const float *values, __m256i counter, int8_t *symbols) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     __m256i one = random_bits(r, counter), two = random_bits(r, _mm256_add_epi32(counter, _mm256_set1_epi32(8)));
-    __m256i a = round_16<KIND, BITS>(r, values, one), b = round_16<KIND, BITS>(r, values + 16, two);
+    __m256i a = round_16<SEARCH, BITS>(r, values, one), b = round_16<SEARCH, BITS>(r, values + 16, two);
     store(symbols, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order));
 }
 
-template <Kind KIND, int BITS>
+template <Search SEARCH, int BITS>
 void round_all(const Rounding &r, const float *values, int n, int8_t *symbols) {
     __m256i counter = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     int i = 0;
     for (; i + 32 <= n; i += 32) {
         _mm_prefetch(reinterpret_cast<const char *>(values + i + n), _MM_HINT_T0); /* the next bucket's */
         _mm_prefetch(reinterpret_cast<const char *>(values + i + n + 16), _MM_HINT_T0);
-        round_32<KIND, BITS>(r, values + i, counter, symbols + i);
+        round_32<SEARCH, BITS>(r, values + i, counter, symbols + i);
         counter = _mm256_add_epi32(counter, _mm256_set1_epi32(16));
     }
     if (i == n) return;
     float rest[32] = {};
     memcpy(rest, values + i, size_t(n - i) * sizeof(float));
-    round_32<KIND, BITS>(r, rest, counter, symbols + i);
+    round_32<SEARCH, BITS>(r, rest, counter, symbols + i);
 }
 
 void round_values(const Code &code, const float *values, int n, float norm, const Draws &draws, int8_t *symbols) {
     float unit = float(1 << code.draw_bits), top = float(code.num_levels) * unit;
-    bool uniform = code.uniform;
+    bool uniform = code.search == Search::UNIFORM;
     Rounding r{code,
                _mm256_set1_ps(uniform ? top / norm : 1.0f / norm),
                _mm256_set1_ps(uniform ? top : 1.0f),
@@ -140,14 +139,22 @@ void round_values(const Code &code, const float *values, int n, float norm, cons
                {_mm256_loadu_ps(code.levels), _mm256_loadu_ps(code.levels + 8)},
                {_mm256_loadu_ps(code.unit_gaps), _mm256_loadu_ps(code.unit_gaps + 8)},
                {},
-               {_mm256_set1_epi32(int(draws.words[0] + uint32_t(draws.position))),
-                _mm256_set1_epi32(int(draws.words[1] + uint32_t(draws.position >> 32) * 0x9E3779B9u))}};
+               {_mm256_set1_epi32(int(draws.key[0] + uint32_t(draws.position))),
+                _mm256_set1_epi32(int(draws.key[1] + uint32_t(draws.position >> 32) * 0x9E3779B9u))}};
     for (int i = 0; i < 6; i++) r.short_levels[i] = _mm256_set1_epi16(code.short_levels[i]);
-    bool all_bits = code.draw_bits == 16;
-    if (uniform && all_bits) return round_all<Kind::UNIFORM, 16>(r, values, n, symbols);
-    if (uniform) return round_all<Kind::UNIFORM, 15>(r, values, n, symbols);
-    if (code.has_short_levels && code.wide_gaps) return round_all<Kind::FEW, 16>(r, values, n, symbols);
-    if (code.num_levels <= 8 && code.wide_gaps) return round_all<Kind::EIGHT, 16>(r, values, n, symbols);
-    if (code.num_levels <= 15 && code.wide_gaps) return round_all<Kind::SOME, 16>(r, values, n, symbols);
-    all_bits ? round_all<Kind::MANY, 16>(r, values, n, symbols) : round_all<Kind::MANY, 15>(r, values, n, symbols);
+    bool all_bits = code.draw_bits == 16; /* as with at most 63 levels */
+    switch (code.search) {
+        case Search::UNIFORM:
+            return all_bits ? round_all<Search::UNIFORM, 16>(r, values, n, symbols)
+                            : round_all<Search::UNIFORM, 15>(r, values, n, symbols);
+        case Search::SHORT:
+            return round_all<Search::SHORT, 16>(r, values, n, symbols);
+        case Search::EIGHT:
+            return round_all<Search::EIGHT, 16>(r, values, n, symbols);
+        case Search::SIXTEEN:
+            return round_all<Search::SIXTEEN, 16>(r, values, n, symbols);
+        case Search::SLOTS:
+            return all_bits ? round_all<Search::SLOTS, 16>(r, values, n, symbols)
+                            : round_all<Search::SLOTS, 15>(r, values, n, symbols);
+    }
 }

@@ -1,5 +1,6 @@
-/* Runs of zeros, or of ones among what is not zero, between the elements that end them. It is included into a path's
- * namespace, which must also have: lowest (number of the lowest set bit), above_mask, negative_mask, signs_of.
+/* Runs of zeros, or of ones among what is not zero, between the elements that end them.
+ * Included by avx2.cpp and portable.cpp, each into its namespace, after bits.inl and words.inl. Needs there: lowest
+ * (number of the lowest set bit), above_mask, negative_mask, signs_of.
  */
 
 /* Golomb-Rice: `gap` >> k zeros, a one, the k low bits. */
@@ -49,9 +50,9 @@ static void write_gaps(Runs kind, const uint16_t *positions, int count, int n, W
  * `dense` may be `symbols`. */
 static int gather_above(int least, const int8_t *symbols, int n, int8_t *dense, uint16_t *positions) {
     int count = 0;
-    for (int w = 0; w < (n + 63) / 64; w++) {
-        for (uint64_t mask = above_mask(symbols + 64 * w, least) & valid_mask(n, w); mask; mask &= mask - 1) {
-            int position = 64 * w + lowest(mask);
+    for (int m = 0; m < (n + 63) / 64; m++) {
+        for (uint64_t mask = above_mask(symbols + 64 * m, least) & valid_mask(n, m); mask; mask &= mask - 1) {
+            int position = 64 * m + lowest(mask);
             positions[count] = uint16_t(position);
             dense[count++] = symbols[position];
         }
@@ -61,15 +62,15 @@ static int gather_above(int least, const int8_t *symbols, int n, int8_t *dense, 
 
 /* Runs of ones among `count` symbols that are not zero, and the signs of the ones. Leaves the others. */
 static int write_ones(int8_t *symbols, int count, Writer &writer, Scratch &scratch) {
-    int words = (count + 63) / 64;
-    uint64_t *ones = scratch.planes.get(), *signs = ones + scratch.words;
-    for (int w = 0; w < words; w++) {
-        ones[w] = ~above_mask(symbols + 64 * w, 1) & valid_mask(count, w);
-        signs[w] = negative_mask(symbols + 64 * w);
+    int masks = (count + 63) / 64;
+    uint64_t *ones = scratch.planes.get(), *signs = ones + scratch.masks;
+    for (int m = 0; m < masks; m++) {
+        ones[m] = ~above_mask(symbols + 64 * m, 1) & valid_mask(count, m);
+        signs[m] = negative_mask(symbols + 64 * m);
     }
     int rest = gather_above(1, symbols, count, symbols, scratch.positions.get());
     write_gaps(Runs::RICE, scratch.positions.get(), rest, count, writer);
-    writer.put_at(signs, ones, words);
+    writer.put_at(signs, ones, masks);
     return rest;
 }
 
@@ -165,14 +166,14 @@ static const char *read_gaps(Runs kind, Reader &reader, int numel, uint16_t *pos
 /* The way back from write_ones: `symbols` of the ones, and where the `rest` others are. */
 static const char *read_ones(Reader &reader, int count, uint8_t *symbols, uint16_t *others, int &rest,
                              Scratch &scratch) {
-    int words = (count + 63) / 64;
-    uint64_t *ones = scratch.planes.get(), *signs = ones + scratch.words;
+    int masks = (count + 63) / 64;
+    uint64_t *ones = scratch.planes.get(), *signs = ones + scratch.masks;
     if (const char *wrong = read_gaps(Runs::RICE, reader, count, others, rest, scratch.ahead)) return wrong;
-    for (int w = 0; w < words; w++) ones[w] = valid_mask(count, w);
+    for (int m = 0; m < masks; m++) ones[m] = valid_mask(count, m);
     for (int i = 0; i < rest; i++) ones[others[i] / 64] &= ~(1ull << others[i] % 64);
-    reader.get_at(signs, ones, words);
+    reader.get_at(signs, ones, masks);
     if (reader.at > reader.end) return PAST_END;
-    signs_of(signs, words, symbols);
+    signs_of(signs, masks, symbols);
     return nullptr;
 }
 
@@ -198,7 +199,7 @@ static const char *read_runs(const Code &code, Reader &reader, int n, const floa
     uint8_t *symbols = scratch.indices.get();
     int count;
     if (const char *wrong = read_nonzeros(code, reader, n, positions, count, symbols, scratch)) return wrong;
-    scratch.ahead.lines(n / 16); /* the rest of them */
+    scratch.ahead.lines(n / 16);     /* the rest of them */
     bool all = table[0] != table[0]; /* a NaN norm: zeros are NaN too */
     if (!add) memset(out, 0, size_t(n) * sizeof(float));
     if (all)

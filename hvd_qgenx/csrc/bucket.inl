@@ -1,6 +1,6 @@
-/* A bucket's code, written once for both paths, and what is common to their rounding. It is included into a path's
- * namespace behind bits.h, words.h and runs.h, which must also have: pack_nibbles, unpack_nibbles,
- * codes_to_symbols, accumulate, round_values.
+/* A bucket's code, written once for both paths, and what is common to their rounding.
+ * Included by avx2.cpp and portable.cpp, each into its namespace, after bits.inl, words.inl and runs.inl. Needs there:
+ * pext, pdep, pack_nibbles, unpack_nibbles, codes_to_symbols, accumulate, round_values.
  */
 
 static const char *const BEHIND = "a bucket with bits behind its code words";
@@ -95,8 +95,8 @@ static const char *decode_bucket(const Code &code, const uint8_t *bytes, int siz
 
 /* ---- norms that need scaling, and the tail of a bucket ----------------------------------------------------------- */
 
-static void round_bucket(const Code &code, const float *values, int n, float norm, const Draws &draws,
-                         int8_t *symbols, Scratch &scratch) {
+static void round_bucket(const Code &code, const float *values, int n, float norm, const Draws &draws, int8_t *symbols,
+                         Scratch &scratch) {
     memset(symbols + (n & ~63), 0, 64);
     if (norm == 0.0f) {
         memset(symbols, 0, size_t(n));

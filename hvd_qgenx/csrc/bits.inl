@@ -1,4 +1,5 @@
-/* Bits one after another, lowest first. It is included into a path's namespace, which must have: pext, pdep, popcount.
+/* Bits one after another, lowest first.
+ * Included by avx2.cpp and portable.cpp, each into its namespace. Needs there: pext, pdep, popcount.
  */
 
 /* Appends bits. Writes up to 8 bytes past what it has been given. */
@@ -22,45 +23,45 @@ struct Writer {
     /* The first n bits of a mask. */
     inline void put_first(const uint64_t *mask, int n) {
         Writer writer = *this; /* whose members no store can be thought to change */
-        int w = 0;
+        int m = 0;
         if (fill == 0) {
-            w = n / 64;
-            memcpy(out, mask, 8 * size_t(w));
-            writer.out += 8 * w;
+            m = n / 64;
+            memcpy(out, mask, 8 * size_t(m));
+            writer.out += 8 * m;
         }
-        for (; w < n / 64; w++, writer.out += 8) {
-            writer.pending |= mask[w] << fill;
+        for (; m < n / 64; m++, writer.out += 8) {
+            writer.pending |= mask[m] << fill;
             memcpy(writer.out, &writer.pending, 8);
-            writer.pending = mask[w] >> 1 >> (63 - fill);
+            writer.pending = mask[m] >> 1 >> (63 - fill);
         }
         if (n % 64) writer.put(mask[n / 64] & ((1ull << n % 64) - 1), unsigned(n % 64));
         *this = writer;
     }
 
     /* The bits of `mask` at the ones of `pass`. */
-    inline void put_at(const uint64_t *mask, const uint64_t *pass, int words) {
+    inline void put_at(const uint64_t *mask, const uint64_t *pass, int masks) {
         Writer writer = *this;
-        for (int w = 0; w < words; w++) writer.put(pext(mask[w], pass[w]), popcount(pass[w]));
+        for (int m = 0; m < masks; m++) writer.put(pext(mask[m], pass[m]), popcount(pass[m]));
         *this = writer;
     }
 
-    /* The same, for so few ones that those of four words mostly fit one. */
-    inline void put_at_few(const uint64_t *mask, const uint64_t *pass, int words) {
+    /* The same, for so few ones that those of four masks mostly fit one. */
+    inline void put_at_few(const uint64_t *mask, const uint64_t *pass, int masks) {
         Writer writer = *this;
-        int w = 0;
-        for (; w + 4 <= words; w += 4) {
+        int m = 0;
+        for (; m + 4 <= masks; m += 4) {
             uint64_t bits = 0;
             unsigned count = 0;
             for (int k = 0; k < 4; k++) {
-                bits |= pext(mask[w + k], pass[w + k]) << (count & 63);
-                count += popcount(pass[w + k]);
+                bits |= pext(mask[m + k], pass[m + k]) << (count & 63);
+                count += popcount(pass[m + k]);
             }
             if (count > 64)
-                for (int k = 0; k < 4; k++) writer.put(pext(mask[w + k], pass[w + k]), popcount(pass[w + k]));
+                for (int k = 0; k < 4; k++) writer.put(pext(mask[m + k], pass[m + k]), popcount(pass[m + k]));
             else
                 writer.put(bits, count);
         }
-        for (; w < words; w++) writer.put(pext(mask[w], pass[w]), popcount(pass[w]));
+        for (; m < masks; m++) writer.put(pext(mask[m], pass[m]), popcount(pass[m]));
         *this = writer;
     }
 
@@ -92,46 +93,46 @@ struct Reader {
     /* The next n bits as a mask, zeros behind. */
     inline void get_first(uint64_t *mask, int n) {
         Reader reader = *this; /* whose members no store can be thought to change */
-        int w = 0;
+        int m = 0;
         if (at % 8 == 0) {
-            w = n / 64;
-            memcpy(mask, data + at / 8, 8 * size_t(w));
-            reader.at += 64 * uint64_t(w);
+            m = n / 64;
+            memcpy(mask, data + at / 8, 8 * size_t(m));
+            reader.at += 64 * uint64_t(m);
         }
-        for (; w < n / 64; w++, reader.at += 64) mask[w] = reader.peek(reader.at);
+        for (; m < n / 64; m++, reader.at += 64) mask[m] = reader.peek(reader.at);
         if (n % 64) mask[n / 64] = reader.get(unsigned(n % 64));
         at = reader.at;
     }
 
     /* A bit for each one of `pass`. */
-    inline void get_at(uint64_t *mask, const uint64_t *pass, int words) {
+    inline void get_at(uint64_t *mask, const uint64_t *pass, int masks) {
         Reader reader = *this;
-        for (int w = 0; w < words; w++) {
-            mask[w] = pdep(reader.peek(reader.at), pass[w]);
-            reader.at += popcount(pass[w]);
+        for (int m = 0; m < masks; m++) {
+            mask[m] = pdep(reader.peek(reader.at), pass[m]);
+            reader.at += popcount(pass[m]);
         }
         at = reader.at;
     }
 
-    inline void get_at_few(uint64_t *mask, const uint64_t *pass, int words) {
+    inline void get_at_few(uint64_t *mask, const uint64_t *pass, int masks) {
         Reader reader = *this;
-        int w = 0;
-        for (; w + 4 <= words; w += 4) {
+        int m = 0;
+        for (; m + 4 <= masks; m += 4) {
             uint64_t bits = reader.peek(reader.at);
             unsigned count = 0;
             for (int k = 0; k < 4; k++) {
-                mask[w + k] = pdep(bits >> (count & 63), pass[w + k]);
-                count += popcount(pass[w + k]);
+                mask[m + k] = pdep(bits >> (count & 63), pass[m + k]);
+                count += popcount(pass[m + k]);
             }
             if (count > 64) {
                 at = reader.at;
-                get_at(mask + w, pass + w, 4);
+                get_at(mask + m, pass + m, 4);
                 reader.at = at;
             } else {
                 reader.at += count;
             }
         }
         at = reader.at;
-        get_at(mask + w, pass + w, words - w);
+        get_at(mask + m, pass + m, masks - m);
     }
 };
