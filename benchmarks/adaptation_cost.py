@@ -44,6 +44,7 @@ def measure(coordinates: int, case: tuple[int, str, float], repeats: int) -> dic
     tensors = list(torch.randn(coordinates, generator=torch.Generator().manual_seed(hvd.rank())).split(SEGMENT))
     vector, sizes = torch.cat(tensors), [len(tensor) for tensor in tensors]
     names = [str(index) for index in range(len(tensors))]
+    exchange.describe(names, [torch.float32] * len(names), sizes)
     fused = exchange.fuse(tensors)
     exchange.settle()
     exchange.adapt_if_due(fused)

@@ -54,7 +54,7 @@ class Settings:
         object.__setattr__(self, "adapt_at", check_integers("adapt_at", self.adapt_at, 0))
         self.codec()
 
-    def codec(self, levels: Levels | None = None, counts: Sequence[int] | None = None) -> Codec:
+    def codec(self, levels: Levels | None = None, counts: tuple[int, ...] | None = None) -> Codec:
         """The codec of these settings with fitted levels and counts, or with those before any fit."""
         levels = levels or self._first_levels()
         return Codec(levels, self.coder, self.bucket_size, self.norm, self.rounding, counts, self.min_numel)
@@ -116,8 +116,8 @@ class Statistics:
     def merged(cls, parts: Sequence[Statistics]) -> Statistics:
         """The sum over ranks, each shifted to the largest exponent first."""
         exponent = max(part.exponent for part in parts)
-        weighted = sum(part.weighted >> min(exponent - part.exponent, 62) for part in parts)
-        return cls(exponent, weighted, sum(part.plain for part in parts))
+        weighted = [part.weighted >> min(exponent - part.exponent, 62) for part in parts]
+        return cls(exponent, torch.stack(weighted).sum(dim=0), torch.stack([part.plain for part in parts]).sum(dim=0))
 
 
 def fit(statistics: Statistics, bits: int, rate_weight: float = 0.0) -> tuple[Levels, tuple[int, ...]] | None:

@@ -74,8 +74,9 @@ class Code:
         sum_m p_m (|word(m)| + |word(-m)|) / 2, and the runs' of each stage.
         """
         s = self.num_levels
-        words = (self.lengths[s + m] + self.lengths[s - m] for m in range(s + 1))
-        bits = self.width or sum(p * both / 2 for p, both in zip(probabilities, words, strict=True))
+        both = [self.lengths[s + m] + self.lengths[s - m] for m in range(s + 1)]
+        words = sum(p * pair / 2 for p, pair in zip(probabilities, both, strict=True))
+        bits = float(self.width) or words
         for stage in range(self.stages):
             share = sum(probabilities[stage:])
             if share:
@@ -114,6 +115,8 @@ def make_code(coder: str, num_levels: int, counts: Sequence[int] | None = None) 
     if coder == "fixed":
         return Code(("",) * (2 * num_levels + 1), width=fixed_width(num_levels))
     if coder == "huffman":
+        if counts is None:
+            raise ValueError("counts must be given for the coder 'huffman'")
         return huffman(_signed_lengths(counts))
     runs = coder == "elias_runs"
     elias = {"elias_gamma": elias_gamma, "elias_delta": elias_delta}.get(coder, elias_omega)

@@ -11,6 +11,7 @@ entry is rank + 1, whose mean is known: what is not linear (Adasum, Min, Max, Pr
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -53,12 +54,37 @@ _CALLS = 2**20  # call numbers start again here: float32 carries them exactly, d
 
 
 class _Batch:
-    """The tensors kept since the last exchange, and what came of them; ``first`` is the number of its first call."""
+    """The calls since the last exchange, and what came of them; ``first`` is the number of the first one.
+
+    It holds contexts weakly: Horovod keeps those of a step until it asks for their means, so that a context that is
+    gone belongs to a step that was given up, and its tensor is not sent.
+    """
 
     def __init__(self, first: int):
         self.first = first
-        self.tensors: list[Tensor] = []
+        self.calls: list[weakref.ref[_Call]] = []
         self.arrived: Arrived | None = None
+
+    def add(self, tensor: Tensor) -> _Call:
+        call = _Call(self, len(self.calls), tensor)
+        self.calls.append(weakref.ref(call))
+        return call
+
+    def tensors(self) -> list[Tensor | None]:
+        """Of all calls, in their order; None for one that was given up."""
+        return [None if (call := kept()) is None else call.tensor for kept in self.calls]
+
+
+class _Call:
+    """What ``compress`` gives Horovod to hand to ``decompress``: a tensor, and its place among those of its step."""
+
+    def __init__(self, batch: _Batch, index: int, tensor: Tensor):
+        self.batch, self.index, self.tensor = batch, index, tensor
+
+    @property
+    def number(self) -> int:
+        """1 to ``_CALLS``, counted through the life of the compressor."""
+        return (self.batch.first + self.index) % _CALLS + 1
 
 
 class QGenXCompressor:
@@ -125,7 +151,7 @@ class QGenXCompressor:
         """
         settings = Settings(
             bits=bits, levels=levels, coder=coder, norm=norm, bucket_size=bucket_size, rounding=rounding,
-            min_numel=min_numel, adapt_at=adapt_at, adapt_every=adapt_every, seed=seed, nonfinite=nonfinite,
+            min_numel=min_numel, adapt_at=tuple(adapt_at), adapt_every=adapt_every, seed=seed, nonfinite=nonfinite,
             statistics=statistics, rate_weight=rate_weight,
         )  # fmt: skip
         return QGenXCompressor(settings, named_parameters, process_set)
@@ -157,30 +183,24 @@ class QGenXCompressor:
         if not transport.included:
             raise ValueError("process_set of Compression.qgenx(process_set=...) does not include this rank")
         with self._lock:
-            batch, index = self._open, len(self._open.tensors)
-            batch.tensors.append(tensor)
+            call = self._open.add(tensor)
         token = torch.zeros(2 + transport.size, dtype=torch.float32, device="cpu")
-        token[0], token[1 + transport.rank], token[-1] = 1.0, self._number(batch, index), transport.rank + 1
-        return self._communication.count(token), (batch, index)
+        token[0], token[1 + transport.rank], token[-1] = 1.0, call.number, transport.rank + 1
+        return self._communication.count(token), call
 
-    @staticmethod
-    def _number(batch: _Batch, index: int) -> int:
-        """1 to ``_CALLS``, counted through the life of the compressor."""
-        return (batch.first + index) % _CALLS + 1
-
-    def decompress(self, token: Tensor, ctx):
+    def decompress(self, token: Tensor, ctx: _Call | None):
         """The mean over ranks of the tensor that ``ctx`` stands for, times the factor that Horovod applied."""
         if ctx is None:  # a sparse gradient, which Horovod sends by itself
             return token
-        batch, index = ctx
-        numbers = self._numbers(token.double(), self._number(batch, index))
+        batch, tensor = ctx.batch, ctx.tensor
+        # In float64, where a number times the ranks, over the factor, comes out within .5 of itself.
+        numbers = self._numbers(token.double(), ctx.number)
         if batch.arrived is None:
             batch.arrived = self._send(batch)
         firsts = [envelope.first for envelope in batch.arrived.envelopes]
         sections = [(number - 1 - first) % _CALLS for number, first in zip(numbers, firsts, strict=True)]
-        tensor = batch.tensors[index]
         mean, broken = batch.arrived.mean_of(sections, float(token[0]))
-        self._exchange.report_broken([broken], [self._name(tensor, index)])
+        self._exchange.report_broken([broken], [self._name(ctx)])
         return mean.view(tensor.shape).to(device=tensor.device, dtype=tensor.dtype)
 
     def _numbers(self, token: Tensor, own: int) -> list[int]:
@@ -198,18 +218,18 @@ class QGenXCompressor:
 
     def _send(self, batch: _Batch) -> Arrived:
         with self._lock:
-            self._open = _Batch((batch.first + len(batch.tensors)) % _CALLS)
+            self._open = _Batch((batch.first + len(batch.calls)) % _CALLS)
         exchange = self._exchange
-        fused = exchange.fuse(batch.tensors)
+        fused = exchange.fuse(batch.tensors())
         exchange.settle()
         exchange.adapt_if_due(fused)
-        return exchange.receive(exchange.submit(fused, "step", first=batch.first))
+        return exchange.start_allgather(fused, "step", first=batch.first).arrived
 
-    def _name(self, tensor: Tensor, index: int) -> str:
+    def _name(self, call: _Call) -> str:
         for name, parameter in self._named:
-            if parameter.grad is tensor:
+            if parameter.grad is call.tensor:
                 return name
-        return f"tensor {index} of shape {tuple(tensor.shape)}"
+        return f"tensor {call.index} of shape {tuple(call.tensor.shape)}"
 
     def state_dict(self) -> dict:
         """Exchange counter, schedule position and codebook, equal on all ranks, as plain numbers."""
@@ -218,6 +238,7 @@ class QGenXCompressor:
     def load_state_dict(self, state: dict) -> None:
         """Continues exactly from a ``state_dict``; ranks that load none take over the state of those that do."""
         self._exchange.load_state_dict(state)
+        self._open = _Batch(self._open.first)  # a step that was under way belongs to the state before
 
 
 def check_horovod() -> None:

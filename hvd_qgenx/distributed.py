@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
@@ -298,7 +299,8 @@ class DistributedOptimizer(_Materialising):
         parameters = self._parameters()
         kind = f"optimizer={type(self.optimizer).__name__}, op={self._exchange.op}"
         lines = [f"{self._names[p]} of shape {tuple(p.shape)} and type {p.dtype}" for p in parameters]
-        self._exchange.describe([kind, *lines], [p.dtype for p in parameters])
+        sizes = [p.numel() for p in parameters]
+        self._exchange.describe([kind, *lines], [p.dtype for p in parameters], sizes)
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -342,8 +344,7 @@ def _names(optimizer: torch.optim.Optimizer, named_parameters: Iterable | None) 
     if named_parameters is None:
         return {p: f"parameter.{i}.{j}" for i, group in enumerate(groups) for j, p in enumerate(group)}
     pairs = check_named_parameters(named_parameters)
-    seen: set[str] = set()
-    repeated = sorted({name for name, _ in pairs if name in seen or seen.add(name)})
+    repeated = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
     if repeated:
         raise ValueError(f"named_parameters must have unique names, repeated: {', '.join(repeated)}")
     names = {p: name for name, p in pairs}

@@ -175,7 +175,7 @@ def truncated_normal(moments: Sequence[int]) -> list[int]:
 
 def _exp_of_minus(t: np.ndarray) -> np.ndarray:
     """exp(-t) for t >= 0 by exp(-t / 1024)**1024, for the reason that ``_bits`` gives."""
-    small, series = np.minimum(t, 700.0) / 1024.0, 1.0
+    small, series = np.minimum(t, 700.0) / 1024.0, np.ones_like(t)
     for k in range(16, 0, -1):
         series = 1.0 + small / k * series
     value = 1.0 / series

@@ -67,11 +67,11 @@ class Levels:
     @classmethod
     def fitted(
         cls,
-        counts: Sequence[int],
+        counts: Sequence[float],
         bits: int,
         method: str = "coordinate_descent",
         rate_weight: float = 0.0,
-        plain_counts: Sequence[int] | None = None,
+        plain_counts: Sequence[float] | None = None,
     ) -> Levels:
         """The levels that minimise variance + ``rate_weight`` * code length of a histogram (QAda's objective at 0).
 
@@ -80,7 +80,7 @@ class Levels:
         fixed order: equal counts give equal levels.
 
         Args:
-            counts: ``NUM_BINS`` non-negative integers over ``BIN_EDGES``, not all zero, weighted by the squared norm
+            counts: ``NUM_BINS`` non-negative numbers over ``BIN_EDGES``, not all zero, weighted by the squared norm
                 of the buckets that the magnitudes come from.
             bits: width of a symbol, from 2 to 8.
             method: "coordinate_descent" (ALQ), from uniform, exponential, quantile and companded levels and from the

@@ -44,6 +44,7 @@ def huffman_lengths(counts: Sequence[int]) -> tuple[int, ...]:
     bits; a symbol's length is the number of the first 2 n - 2 packages of the last merge that hold it.
     Source: Larmore and Hirschberg, "A fast algorithm for optimal length-limited Huffman codes", 1990.
     """
+    singles: list[tuple[int, tuple[int, ...]]]
     singles = sorted((max(int(count), 1), (index,)) for index, count in enumerate(counts))
     packages = singles
     for _ in range((FEW_WORD if len(counts) <= FEW else MAX_WORD) - 1):

@@ -43,6 +43,12 @@ class AllgatherFlight(Flight):
     def advance(self) -> None:
         """There is one phase."""
 
+    def sizes(self) -> tuple[int, ...]:
+        return self.arrived.common_sizes()
+
+    def terms(self) -> list[float]:
+        return self.arrived.terms
+
     def collect(self, targets: Sequence[Tensor], factor: float) -> tuple[bool, ...]:
         return self.arrived.mean_into(targets, factor)
 
@@ -58,6 +64,7 @@ class Arrived:
 
     def __init__(self, codec: Codec, envelopes: list[Envelope], payloads: list[Tensor]):
         self.codec, self.envelopes, self.payloads = codec, envelopes, payloads
+        self._means: tuple[float, list[Tensor], tuple[bool, ...]] | None = None
         headers = [codec.parse(payload) for payload in payloads]
         self.sizes = [header.layout.sizes for header in headers]
         for rank, header in enumerate(headers):
@@ -73,7 +80,7 @@ class Arrived:
         """All ranks' terms, in rank order."""
         return [envelope.term for envelope in self.envelopes]
 
-    def common_sizes(self) -> list[int]:
+    def common_sizes(self) -> tuple[int, ...]:
         """Coordinates of each section on the ranks that have it; 0 where no rank has it.
 
         Raises:
@@ -85,7 +92,7 @@ class Arrived:
         found = [{size for size in sizes if size} for sizes in zip(*self.sizes, strict=True)]
         if any(len(sizes) > 1 for sizes in found):
             raise DisagreementError("ranks disagree on the coordinates of a tensor")
-        return [next(iter(sizes), 0) for sizes in found]
+        return tuple(next(iter(sizes), 0) for sizes in found)
 
     def mean_into(self, targets: Sequence[Tensor], factor: float = 1.0) -> tuple[bool, ...]:
         """Overwrites one target for each section; says which are NaN throughout."""
@@ -98,6 +105,20 @@ class Arrived:
         if any(size != found[0] or not size for size in found):
             seen = ", ".join(f"rank {rank} has {size[0] if size else 'none'}" for rank, size in enumerate(found))
             raise DisagreementError(f"ranks disagree on the coordinates of one tensor: {seen}")
+        if len(set(sections)) == 1 and all(sizes == self.sizes[0] for sizes in self.sizes):
+            targets, broken = self._all_means(factor)
+            return targets[sections[0]], broken[sections[0]]
         target = torch.empty(found[0][0], dtype=torch.float32, device="cpu")
-        (broken,) = self.codec.decode_sections(self.payloads, [target], [[section] for section in sections], factor)
-        return target.fill_(torch.nan) if broken else target, broken
+        (is_broken,) = self.codec.decode_sections(self.payloads, [target], [[section] for section in sections], factor)
+        return target.fill_(torch.nan) if is_broken else target, is_broken
+
+    def _all_means(self, factor: float) -> tuple[list[Tensor], tuple[bool, ...]]:
+        """Of all sections, where they are the same on all ranks; decoded at once, when first asked for."""
+        if self._means is None or self._means[0] != factor:
+            targets = [torch.empty(size, dtype=torch.float32, device="cpu") for size in self.sizes[0]]
+            broken = self.mean_into(targets, factor)
+            for target, is_broken in zip(targets, broken, strict=True):
+                if is_broken:
+                    target.fill_(torch.nan)
+            self._means = (factor, targets, broken)
+        return self._means[1:]

@@ -1,4 +1,4 @@
-"""The coded kind: which codec, whose codebook, when to adapt; a plan does the rest."""
+"""The coded kind: which codec, whose codebook, when to adapt, in which parts; a plan does the rest."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from torch import Tensor
 from hvd_qgenx.adaptation import Settings, Statistics, fit
 from hvd_qgenx.codec import Codec, as_vector
 from hvd_qgenx.communication import Communication
-from hvd_qgenx.exchange.allgather import Allgather, AllgatherFlight, Arrived
+from hvd_qgenx.exchange.allgather import Allgather, AllgatherFlight
 from hvd_qgenx.exchange.exchange import Collected, Exchange, Fused, Term, fuse
-from hvd_qgenx.exchange.plan import Buffers, Outgoing, Plan
+from hvd_qgenx.exchange.plan import Buffers, Flight, Outgoing, Plan
 from hvd_qgenx.key import Key
+from hvd_qgenx.layout import Part
 from hvd_qgenx.levels import Levels
 from hvd_qgenx.transports import Transport
 
 PLANS: dict[str, type[Plan]] = {"allgather": Allgather}
+_WHOLE = 2**62  # more bytes than any vector has
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A rank's vectors under way."""
+    """A rank's vectors under way, in parts; ``keep`` is the flight that all ranks' own vectors are kept from."""
 
     fused: Fused
-    flight: AllgatherFlight
-    keep: bool
+    parts: list[Part]
+    flights: Sequence[Flight]
+    keep: AllgatherFlight | None = None
 
 
 class CodedExchange(Exchange):
@@ -36,16 +39,25 @@ class CodedExchange(Exchange):
     Args:
         settings: what ``Compression.qgenx`` was told.
         plan: a key of ``PLANS``.
+        part_bytes: of float32 coordinates that travel in one message; 0 sends all in one.
     """
 
     def __init__(
-        self, settings: Settings, transport: Transport, op: str = "mean", plan: str = "allgather",
+        self,
+        settings: Settings,
+        transport: Transport,
+        op: str = "mean",
+        plan: str = "allgather",
+        part_bytes: int = 0,
         communication: Communication | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__(transport, op, communication)
-        self.settings, self.nonfinite = settings, settings.nonfinite
+        self.settings, self.nonfinite, self.part_bytes = settings, settings.nonfinite, part_bytes
         self.codec = settings.codec()
-        self.plan = PLANS[plan](self.messenger, Buffers())
+        buffers = Buffers()
+        self.plan = PLANS[plan](self.messenger, buffers)
+        # What needs every rank's own vector takes this one, whatever the plan.
+        self.allgather = Allgather(self.messenger, buffers)
         self.version = 0
         self.next_fit_at = 0
 
@@ -85,53 +97,87 @@ class CodedExchange(Exchange):
 
     # ---- sending and receiving ---------------------------------------------------------------------------------------
 
-    def submit(
-        self, fused: Fused, stage: str, term: Term | None = None, keep: bool = False, first: int = 0
-    ) -> Submitted:
-        """See ``Exchange.submit``; ``first`` is the number of the first tensor under the drop-in."""
+    def submit(self, fused: Fused, stage: str, term: Term | None = None, keep: bool = False) -> Submitted:
+        if term or keep:
+            return self._submit_whole(fused, stage, term, keep)
         self._count(fused)
-        key = Key(self.settings.seed, self.transport.global_rank, self.step)
-        outgoing = Outgoing(
-            fused.segments,
-            self.codec.layout(fused.sizes),
-            key,
-            self.envelope(stage, first=first),
-            None if term is None else lambda payload: term(fused.pick(self._sections(payload))),
-        )
-        flight = self.plan.start(self.codec, outgoing)
-        self._measure(flight)
-        self.step += 1
-        return Submitted(fused, flight, keep)
+        parts = self._parts()
+        flights = [
+            self.plan.start(self.codec, self._outgoing(fused, part, index, stage)) for index, part in enumerate(parts)
+        ]
+        self._departed(flights)
+        return Submitted(fused, parts, flights)
 
-    def _measure(self, flight: AllgatherFlight) -> None:
-        self.communication.squared_error += flight.drawn.squared_error
-        self.communication.squared_norm += flight.drawn.squared_norm
-        self.communication.count_symbols(flight.drawn.counts)
+    def _parts(self) -> list[Part]:
+        """All ranks cut alike: by the sizes of all parameters, those included that this rank lacks now."""
+        return self.codec.layout(self.sizes).parts(self.part_bytes or _WHOLE)
+
+    def _outgoing(self, fused: Fused, part: Part, index: int, stage: str) -> Outgoing:
+        segments = part.cut(fused.segments)
+        return Outgoing(
+            segments,
+            part.layout.of(list(map(len, segments))),
+            self._key().within(part=index),
+            self.envelope(stage, part=index),
+        )
+
+    def _key(self) -> Key:
+        return Key(self.settings.seed, self.transport.global_rank, self.step)
+
+    def _departed(self, flights: Sequence[Flight]) -> None:
+        """Counts what was drawn; the next exchange has the next number."""
+        for flight in flights:
+            self.communication.squared_error += flight.drawn.squared_error
+            self.communication.squared_norm += flight.drawn.squared_norm
+            self.communication.count_symbols(flight.drawn.counts)
+        self.step += 1
+
+    def _submit_whole(self, fused: Fused, stage: str, term: Term | None, keep: bool) -> Submitted:
+        """In one message by allgather, after which every rank knows every other's own vector."""
+        flight = self.start_allgather(fused, stage, term)
+        return Submitted(fused, self.codec.layout(self.sizes).parts(_WHOLE), [flight], flight if keep else None)
+
+    def start_allgather(self, fused: Fused, stage: str, term: Term | None = None, first: int = 0) -> AllgatherFlight:
+        """All vectors in one message; ``first`` is the number of the first tensor under the drop-in."""
+        self._count(fused)
+        own_term = None if term is None else lambda payload: term(fused.pick(self._sections(payload)))
+        layout, envelope = self.codec.layout(fused.sizes), self.envelope(stage, first=first)
+        flight = self.allgather.start(self.codec, Outgoing(fused.segments, layout, self._key(), envelope, own_term))
+        self._departed([flight])
+        return flight
 
     def collect(self, submitted: Submitted, names: Sequence[str]) -> Collected:
-        arrived = self.receive(submitted)
-        self.kept = arrived.payloads if submitted.keep else None
-        common = arrived.common_sizes()
-        targets = [
-            segment if len(segment) == size else torch.zeros(size, dtype=torch.float32, device="cpu")
-            for segment, size in zip(submitted.fused.segments, common, strict=True)
-        ]
-        broken = arrived.mean_into(targets, self._factor)
-        for target, is_broken in zip(targets, broken, strict=True):
-            if is_broken:
-                target.fill_(torch.nan)
+        for flight in submitted.flights:
+            flight.advance()
+        self.kept = submitted.keep.arrived.payloads if submitted.keep else None
+        means = list(submitted.fused.segments)
+        broken = [False] * len(means)
+        for part, flight in zip(submitted.parts, submitted.flights, strict=True):
+            self._make_room(means, part, flight.sizes())
+            flags = flight.collect(part.cut(means), self._factor)
+            for piece, flag in zip(part.slices, flags, strict=True):
+                broken[piece.segment] = broken[piece.segment] or flag
+        self._spoil(means, broken)
         self.report_broken(broken, names)
-        return Collected([target if len(target) else None for target in targets], arrived.terms)
+        return Collected([mean if len(mean) else None for mean in means], submitted.flights[0].terms())
+
+    def _make_room(self, means: list[Tensor], part: Part, sizes: Sequence[int]) -> None:
+        """A vector of zeros for each tensor that another rank has and this one does not."""
+        for piece, size in zip(part.slices, sizes, strict=True):
+            if size and not len(means[piece.segment]):
+                means[piece.segment] = torch.zeros(self.sizes[piece.segment], dtype=torch.float32, device="cpu")
+
+    @staticmethod
+    def _spoil(means: Sequence[Tensor], broken: Sequence[bool]) -> None:
+        """A tensor of which any coordinate is not finite is NaN throughout."""
+        for mean, is_broken in zip(means, broken, strict=True):
+            if is_broken:
+                mean.fill_(torch.nan)
 
     @property
     def _factor(self) -> float:
         """What a mean is multiplied by."""
         return float(self.transport.size) if self.op == "sum" else 1.0
-
-    def receive(self, submitted: Submitted) -> Arrived:
-        """All ranks' payloads."""
-        submitted.flight.advance()
-        return submitted.flight.arrived
 
     def _sections(self, payload: Tensor) -> list[Tensor]:
         """What a payload decodes to."""
@@ -167,4 +213,5 @@ class CodedExchange(Exchange):
             self.next_fit_at = max(self.iteration, 1)
             return
         self.next_fit_at = state["first_fit_at"]
-        self._use(self.settings.codec(Levels(tuple(state["levels"])), state["counts"]), state["version"])
+        counts = None if state["counts"] is None else tuple(state["counts"])
+        self._use(self.settings.codec(Levels(tuple(state["levels"])), counts), state["version"])

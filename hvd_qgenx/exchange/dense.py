@@ -43,9 +43,9 @@ class DenseExchange(Exchange):
         self.dtype = torch.float32
         self.kept_sizes: list[int] = []
 
-    def describe(self, lines: Sequence[str], dtypes: Sequence[torch.dtype]) -> None:
+    def describe(self, lines: Sequence[str], dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> None:
         """All parameters travel in one vector, of a type that holds them all and that Horovod can reduce."""
-        super().describe(lines, dtypes)
+        super().describe(lines, dtypes, sizes)
         dtype = functools.reduce(torch.promote_types, dtypes)
         self.dtype = torch.float32 if dtype == torch.bfloat16 else dtype
 

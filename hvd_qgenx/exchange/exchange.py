@@ -82,6 +82,7 @@ class Exchange(ABC):
         self.step = 0
         self.iteration = 0
         self.description: list[str] = []
+        self.sizes: tuple[int, ...] = ()
         #: What every rank sent in the last exchange, if it was to be kept.
         self.kept: list[Tensor] | None = None
         self._agreed = False
@@ -143,9 +144,14 @@ class Exchange(ABC):
 
     # ---- around them -------------------------------------------------------------------------------------------------
 
-    def describe(self, lines: Sequence[str], dtypes: Sequence[torch.dtype]) -> None:
-        """What ranks must have in common, beside the exchange's own settings; compared before the next exchange."""
-        self.description, self._agreed = list(lines), False
+    def describe(self, lines: Sequence[str], dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> None:
+        """What ranks must have in common, beside the exchange's own settings; compared before the next exchange.
+
+        Args:
+            lines: words that must be equal on all ranks.
+            dtypes, sizes: of all tensors, those included that a rank may lack in some exchanges.
+        """
+        self.description, self.sizes, self._agreed = list(lines), tuple(sizes), False
 
     def settings_lines(self) -> list[str]:
         """The exchange's own settings, a line each."""

@@ -99,7 +99,9 @@ def unseal(message: Tensor, rank: int) -> tuple[Envelope, Tensor, int]:
 
 def split(gathered: Tensor) -> tuple[list[Envelope], list[Tensor]]:
     """The messages in an allgather's output, in rank order, each found by the length in its envelope."""
-    envelopes, bodies, start = [], [], 0
+    envelopes: list[Envelope] = []
+    bodies: list[Tensor] = []
+    start = 0
     while start < len(gathered):
         envelope, body, taken = unseal(gathered[start:], len(bodies))
         envelopes.append(envelope)

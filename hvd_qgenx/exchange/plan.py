@@ -58,6 +58,14 @@ class Flight(ABC):
         """Starts what comes after the first phase; called for every flight before any is collected."""
 
     @abstractmethod
+    def sizes(self) -> tuple[int, ...]:
+        """Coordinates of each section on the ranks that have it, 0 where none has; waits until that is known."""
+
+    @abstractmethod
+    def terms(self) -> list[float]:
+        """All ranks' terms, in rank order; waits for them."""
+
+    @abstractmethod
     def collect(self, targets: Sequence[Tensor], factor: float) -> tuple[bool, ...]:
         """Overwrites the targets with the means times ``factor``; says which of them are NaN throughout."""
 

@@ -276,6 +276,26 @@ def test_tensors_taken_after_other_exchanges_are_not_mixed():
             compressor.decompress(token, second[1])
 
 
+@pytest.mark.parametrize("given_up_by", ["all ranks", "rank 0"])
+def test_a_step_that_was_given_up_is_not_sent_with_the_next_one(given_up_by):
+    compressor = hvd_qgenx.Compression.qgenx(levels="uniform", coder="fixed", norm="linf")
+    if given_up_by == "all ranks" or hvd.rank() == 0:
+        compressor.compress(torch.ones(5000))  # nobody asks for its mean: Horovod has let go of it
+    token, call = compressor.compress(torch.full((4096,), 3.0))
+    mean = compressor.decompress(hvd.allreduce(token, name="next"), call)
+    assert torch.equal(mean, torch.full((4096,), 3.0))
+    assert compressor.communication.coordinates == 4096 and compressor.communication.exchanges == 1
+
+
+def test_a_step_that_was_under_way_is_not_sent_after_a_state_is_loaded():
+    compressor = hvd_qgenx.Compression.qgenx(levels="uniform", coder="fixed", norm="linf")
+    kept = compressor.compress(torch.ones(5000))
+    compressor.load_state_dict(compressor.state_dict())
+    token, call = compressor.compress(torch.full((4096,), 3.0))
+    assert torch.equal(compressor.decompress(hvd.allreduce(token, name="loaded"), call), torch.full((4096,), 3.0))
+    assert compressor.communication.coordinates == 4096 and kept is not None
+
+
 def test_no_compression_on_one_rank_is_an_error_on_the_others():
     compression = hvd_qgenx.Compression.none if hvd.rank() == 0 else hvd_qgenx.Compression.qgenx(bits=4)
     gradient = torch.ones(2 + RANKS)  # as long as a token

@@ -104,7 +104,7 @@ def parse(payload: Tensor, numel: int | None = None) -> Parsed:
 
 
 def _as_bytes(payload: Tensor) -> memoryview:
-    data = memoryview(check_payload(payload).numpy())
+    data = memoryview(check_payload(payload).numpy().data)
     least = FIXED.size + CHECKSUM.size
     expect(len(data) >= least, f"size is {len(data)} bytes, less than a header's {least}")
     return data

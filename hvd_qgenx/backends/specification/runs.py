@@ -25,7 +25,8 @@ def _last_rice(run: int, k: int) -> str:
 
 def run_plane(kind: str, ends: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
     """The runs before each element that ends one, and before a bucket's end unless such an element is its last."""
-    owners, bits = [], []
+    owners: list[int] = []
+    bits: list[int] = []
     for bucket, part in enumerate(ends.split(counts)):
         places = part.nonzero().view(-1).tolist()
         runs = [place - before - 1 for before, place in zip([-1, *places], places, strict=False)]
