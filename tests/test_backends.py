@@ -11,7 +11,8 @@ from drawn import drawn
 import hvd_qgenx
 from hvd_qgenx import Codec, Key, Levels, backends
 from hvd_qgenx.backends.backend import FORMS
-from hvd_qgenx.codebook import CODERS
+from hvd_qgenx.backends.compiled import Compiled
+from hvd_qgenx.codebook import CODERS, Code, Codebook
 
 COMPILED = [name for name in ("portable", backends.name()) if name != "specification"]
 LEVELS = {
@@ -195,3 +196,45 @@ def test_the_backend_in_use_can_be_seen():
     assert hvd_qgenx.backend == backends.name()
     with backends.force("specification"):
         assert hvd_qgenx.backend == "specification"
+
+
+def _breaking_kraft():
+    """A codebook that no caller can make by make_code: three words of one bit."""
+    return Codebook("huffman", Levels.uniform(2), Code(("0", "0", "0")))
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_an_argument_that_is_wrong_blames_no_payload(name):
+    payload = Codec(Levels.uniform(2)).encode(torch.ones(5), Key(0, 0, 0))
+    with pytest.raises(ValueError, match="Kraft") as caught:
+        Compiled(name).decode_mean(_breaking_kraft(), [payload], [torch.zeros(5)])
+    assert not isinstance(caught.value, hvd_qgenx.PayloadError)
+
+
+WITHOUT_MEMORY = """
+import resource, torch
+from hvd_qgenx import Codec, Key, Levels
+codec = Codec(Levels.uniform(8), bucket_size=16384)  # the largest scratch: some 1.1 MB
+vector, out = torch.ones(16384), torch.zeros(16384)
+payload = codec.encode(vector, Key(0, 0, 0))
+held = []
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+for block in (2**20, 2**14):  # what the allocator still has of its own
+    try:
+        while True:
+            held.append(bytearray(block))
+    except MemoryError:
+        pass
+try:
+    codec.decode_mean([payload], out=out)
+    print("no error")
+except Exception as error:
+    held.clear()
+    print(type(error).__name__, error)
+"""
+
+
+def test_memory_that_is_missing_blames_no_payload():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True)
+    assert done.stdout.strip() == "MemoryError out of memory", done.stdout + done.stderr
