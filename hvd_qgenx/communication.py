@@ -24,8 +24,10 @@ class Communication:
         collectives: how many operations they took.
         bytes_sent: bytes of the tensors handed to collectives, agreements, statistics and padding included. What a
             collective makes of them (an allgather passes on all ranks' bytes) is its own affair.
+        second_phase_bytes: the part of ``bytes_sent`` that carried means of shards, in two-phase exchanges.
         coordinates: gradient coordinates exchanged.
         squared_error, squared_norm: sums of ||Q(v) - v||^2 and ||v||^2 over the finite gradients of this rank.
+        mean_squared_error, mean_squared_norm: the same of the second rounding, of the means that this rank owned.
         codebook_version: how often levels have been fitted, also before this process started.
         adaptations: how often ranks shared statistics to fit levels, in this process.
         adaptation_seconds, adaptation_bytes: what that took: wall time, waiting for the other ranks included, and
@@ -36,9 +38,12 @@ class Communication:
     exchanges: int = 0
     collectives: int = 0
     bytes_sent: int = 0
+    second_phase_bytes: int = 0
     coordinates: int = 0
     squared_error: float = 0.0
     squared_norm: float = 0.0
+    mean_squared_error: float = 0.0
+    mean_squared_norm: float = 0.0
     codebook_version: int = 0
     adaptations: int = 0
     adaptation_seconds: float = 0.0
@@ -47,10 +52,12 @@ class Communication:
     _earlier_symbols: int = 0  # those under earlier codebooks
     _earlier_bits: float = 0.0
 
-    def count(self, tensor: Tensor) -> Tensor:
+    def count(self, tensor: Tensor, phase: int = 0) -> Tensor:
         """Counts a tensor that is about to be handed to a collective, and returns it."""
         self.collectives += 1
         self.bytes_sent += tensor.numel() * tensor.element_size()
+        if phase:
+            self.second_phase_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
     def count_symbols(self, counts: Tensor) -> None:
@@ -98,6 +105,11 @@ class Communication:
     def variance(self) -> float | None:
         """Measured E||Q(v) - v||^2 / ||v||^2 of this rank; None if nothing was quantised."""
         return self.squared_error / self.squared_norm if self.squared_norm else None
+
+    @property
+    def mean_variance(self) -> float | None:
+        """Measured E||Q(m) - m||^2 / ||m||^2 of the second rounding; None if there was none."""
+        return self.mean_squared_error / self.mean_squared_norm if self.mean_squared_norm else None
 
     def __str__(self) -> str:
         if not self.bytes_sent:

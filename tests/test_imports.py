@@ -41,6 +41,7 @@ ROOMS = [
     "exchange.exchange",
     "exchange.plan",
     "exchange.allgather",
+    "exchange.two_phase",
     "exchange.dense",
     "exchange.coded",
     "exchange",

@@ -12,7 +12,7 @@ from torch import Tensor
 from hvd_qgenx.backends import Drawn
 from hvd_qgenx.codec import Codec
 from hvd_qgenx.exchange.message import ENVELOPE_BYTES, DisagreementError, Envelope, Messenger, seal
-from hvd_qgenx.exchange.plan import Flight, Outgoing, Plan
+from hvd_qgenx.exchange.plan import Codecs, Flight, Outgoing, Plan
 from hvd_qgenx.payload import bound
 from hvd_qgenx.transports import Pending
 
@@ -21,8 +21,8 @@ class Allgather(Plan):
     """(K - 1) payloads reach every rank; each is rounded once. Right for few ranks, and the only plan by which every
     rank learns every other's own vector."""
 
-    def start(self, codec: Codec, outgoing: Outgoing) -> AllgatherFlight:
-        part = outgoing.envelope.part
+    def start(self, codecs: Codecs, outgoing: Outgoing) -> AllgatherFlight:
+        codec, part = codecs.own, outgoing.envelope.part
         buffer = self.buffers.take(f"allgather.{part}", bound(outgoing.layout, codec.codebook, inline=True))
         drawn = codec.encode_segments(outgoing.segments, outgoing.layout, outgoing.key, buffer[ENVELOPE_BYTES:])
         payload = buffer[ENVELOPE_BYTES : ENVELOPE_BYTES + drawn.size]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from hvd_qgenx.codec import Codec, as_vector
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.exchange.allgather import Allgather, AllgatherFlight
 from hvd_qgenx.exchange.exchange import Collected, Exchange, Fused, Term, fuse
-from hvd_qgenx.exchange.plan import Buffers, Flight, Outgoing, Plan
+from hvd_qgenx.exchange.plan import Buffers, Codecs, Flight, Outgoing, Plan
+from hvd_qgenx.exchange.two_phase import TwoPhase, fine_bits
 from hvd_qgenx.key import Key
 from hvd_qgenx.layout import Part
 from hvd_qgenx.levels import Levels
 from hvd_qgenx.transports import Transport
 
-PLANS: dict[str, type[Plan]] = {"allgather": Allgather}
+PLANS: dict[str, type[Plan]] = {"allgather": Allgather, "two_phase": TwoPhase}
 _WHOLE = 2**62  # more bytes than any vector has
 
 
@@ -60,6 +61,10 @@ class CodedExchange(Exchange):
         self.allgather = Allgather(self.messenger, buffers)
         self.version = 0
         self.next_fit_at = 0
+        # The codec of means of shards, where the plan rounds twice; and whether it awaits a mean to be fitted to.
+        self.mean_settings = _mean_settings(settings, transport.size)
+        self.mean_codec = self.mean_settings.codec()
+        self._fits_mean = False
 
     def settings_lines(self) -> list[str]:
         return self.settings.describe()
@@ -88,8 +93,17 @@ class CodedExchange(Exchange):
         parts = [Statistics.from_message(body.clone().view(torch.int64)) for body in bodies]
         if fitted := fit(Statistics.merged(parts), self.settings.bits, self.settings.rate_weight):
             self._use(self.settings.codec(*fitted), self.version + 1)
+            self._fits_mean = isinstance(self.plan, TwoPhase)
         else:
             self.next_fit_at = 2 * self.iteration + 1
+
+    def _adapt_mean(self, means: Sequence[Tensor]) -> None:
+        """Fits the second codec to a mean that all ranks hold to the bit: nothing needs to be sent."""
+        layout, settings = self.mean_codec.layout(list(map(len, means))), self.mean_settings
+        statistics = Statistics.measure(self.mean_codec, means, layout, settings.statistics)
+        if fitted := fit(statistics, settings.bits, settings.rate_weight):
+            self.mean_codec = settings.codec(*fitted)
+        self._fits_mean = False
 
     def _use(self, codec: Codec, version: int) -> None:
         self.codec, self.version = codec, version
@@ -102,8 +116,10 @@ class CodedExchange(Exchange):
             return self._submit_whole(fused, stage, term, keep)
         self._count(fused)
         parts = self._parts()
+        # Levels of the mean are fitted to one that all ranks know to the bit, before they are used.
+        plan = self.allgather if self._fits_mean else self.plan
         flights = [
-            self.plan.start(self.codec, self._outgoing(fused, part, index, stage)) for index, part in enumerate(parts)
+            plan.start(self._codecs, self._outgoing(fused, part, index, stage)) for index, part in enumerate(parts)
         ]
         self._departed(flights)
         return Submitted(fused, parts, flights)
@@ -116,10 +132,14 @@ class CodedExchange(Exchange):
         segments = part.cut(fused.segments)
         return Outgoing(
             segments,
-            part.layout.of(list(map(len, segments))),
+            part.layout,
             self._key().within(part=index),
             self.envelope(stage, part=index),
         )
+
+    @property
+    def _codecs(self) -> Codecs:
+        return Codecs(self.codec, self.mean_codec)
 
     def _key(self) -> Key:
         return Key(self.settings.seed, self.transport.global_rank, self.step)
@@ -142,7 +162,8 @@ class CodedExchange(Exchange):
         self._count(fused)
         own_term = None if term is None else lambda payload: term(fused.pick(self._sections(payload)))
         layout, envelope = self.codec.layout(fused.sizes), self.envelope(stage, first=first)
-        flight = self.allgather.start(self.codec, Outgoing(fused.segments, layout, self._key(), envelope, own_term))
+        outgoing = Outgoing(fused.segments, layout, self._key(), envelope, own_term)
+        flight = self.allgather.start(self._codecs, outgoing)
         self._departed([flight])
         return flight
 
@@ -157,9 +178,19 @@ class CodedExchange(Exchange):
             flags = flight.collect(part.cut(means), self._factor)
             for piece, flag in zip(part.slices, flags, strict=True):
                 broken[piece.segment] = broken[piece.segment] or flag
+        for flight in submitted.flights:
+            self._landed(flight)
+        if self._fits_mean:
+            self._adapt_mean(means)
         self._spoil(means, broken)
         self.report_broken(broken, names)
         return Collected([mean if len(mean) else None for mean in means], submitted.flights[0].terms())
+
+    def _landed(self, flight: Flight) -> None:
+        """Counts what the second rounding did, where there was one."""
+        if flight.mean_drawn is not None:
+            self.communication.mean_squared_error += flight.mean_drawn.squared_error
+            self.communication.mean_squared_norm += flight.mean_drawn.squared_norm
 
     def _make_room(self, means: list[Tensor], part: Part, sizes: Sequence[int]) -> None:
         """A vector of zeros for each tensor that another rank has and this one does not."""
@@ -204,6 +235,8 @@ class CodedExchange(Exchange):
             "first_fit_at": self.next_fit_at,
             "levels": list(self.codec.levels.values),
             "counts": counts,
+            "mean_levels": list(self.mean_codec.levels.values),
+            "mean_counts": None if self.mean_codec.counts is None else list(self.mean_codec.counts),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -213,5 +246,18 @@ class CodedExchange(Exchange):
             self.next_fit_at = max(self.iteration, 1)
             return
         self.next_fit_at = state["first_fit_at"]
-        counts = None if state["counts"] is None else tuple(state["counts"])
-        self._use(self.settings.codec(Levels(tuple(state["levels"])), counts), state["version"])
+        self._use(_codec(self.settings, state["levels"], state["counts"]), state["version"])
+        levels = state.get("mean_levels")  # which earlier releases did not have
+        if levels and len(levels) == self.mean_codec.levels.num_levels + 1:
+            self.mean_codec = _codec(self.mean_settings, levels, state["mean_counts"])
+
+
+def _codec(settings: Settings, levels: Sequence[float], counts: Sequence[int] | None) -> Codec:
+    return settings.codec(Levels(tuple(levels)), None if counts is None else tuple(counts))
+
+
+def _mean_settings(settings: Settings, ranks: int) -> Settings:
+    """Of the second rounding: finer, and with levels of its own."""
+    bits = fine_bits(settings.bits, ranks)
+    levels = Levels.uniform(bits) if isinstance(settings.levels, Levels) else settings.levels
+    return replace(settings, bits=bits, levels=levels)

@@ -130,6 +130,10 @@ def compare(envelopes: Sequence[Envelope], ranks: int) -> None:
             )
 
 
+def _name(part: int, phase: int) -> str:
+    return f"hvd_qgenx.exchange.{phase}.{part}" if part or phase else "hvd_qgenx.exchange"
+
+
 class Messenger:
     """Sends messages over a transport, counts them, and compares what arrives.
 
@@ -140,10 +144,14 @@ class Messenger:
     def __init__(self, transport: Transport, communication: Communication):
         self.transport, self.communication = transport, communication
 
-    def start(self, message: Tensor, part: int = 0) -> Pending:
+    def start(self, message: Tensor, part: int = 0, phase: int = 0) -> Pending:
         """Starts an allgather of a sealed message."""
-        name = f"hvd_qgenx.exchange.{part}" if part else "hvd_qgenx.exchange"
-        return self.transport.allgather(self.communication.count(message), name)
+        return self.transport.allgather(self.communication.count(message, phase), _name(part, phase))
+
+    def start_alltoall(self, messages: Tensor, lengths: Sequence[int], part: int) -> Pending:
+        """Starts an alltoall of sealed messages, one for each rank, one after another."""
+        splits = torch.tensor(lengths, dtype=torch.int32, device="cpu")
+        return self.transport.alltoall(self.communication.count(messages), splits, f"{_name(part, 0)}.shards")
 
     def finish(self, pending: Pending) -> tuple[list[Envelope], list[Tensor]]:
         """All ranks' envelopes and bodies. Raises DisagreementError if they are not at the same exchange."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hvd_qgenx.backends import Drawn
@@ -16,10 +18,11 @@ from hvd_qgenx.layout import Layout
 
 
 class Buffers:
-    """Send buffers that are kept from one exchange to the next, by name; made anew when more room is needed."""
+    """Buffers that are kept from one exchange to the next, by name; made anew when more room is needed."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
+        self._floats: dict[str, Tensor] = {}
 
     def take(self, name: str, body_bytes: int) -> Tensor:
         """A buffer for a message with a body of up to so many bytes; what it held is gone."""
@@ -28,30 +31,56 @@ class Buffers:
             buffer = self._kept[name] = room_for(body_bytes)
         return buffer
 
+    def take_floats(self, name: str, numel: int) -> Tensor:
+        """A float32 vector of so many coordinates; what it held is gone."""
+        vector = self._floats.get(name)
+        if vector is None or len(vector) < numel:
+            vector = self._floats[name] = torch.empty(numel, dtype=torch.float32, device="cpu")
+        return vector[:numel]
+
+    def clear(self) -> None:
+        """Gives all memory back; for a vector that is cut otherwise."""
+        self._kept.clear()
+        self._floats.clear()
+
 
 @dataclass(frozen=True)
 class Outgoing:
     """What a rank is about to send of a vector, or of a part of it.
 
     Attributes:
-        segments: vectors where they lie.
-        layout: how they are cut.
+        segments: vectors where they lie; those that this rank lacks are empty.
+        whole: how they are cut on a rank that lacks none, the same on all ranks.
         key: what the draws depend on.
         envelope: of the message.
         term: makes the envelope's term from the payload, if there is to be one.
     """
 
     segments: Sequence[Tensor]
-    layout: Layout
+    whole: Layout
     key: Key
     envelope: Envelope
     term: Callable[[Tensor], float] | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """How the vectors that are there are cut."""
+        return self.whole.of(list(map(len, self.segments)))
+
+
+class Codecs(NamedTuple):
+    """Of every rank's own vectors, and of their mean where a plan rounds that again."""
+
+    own: Codec
+    mean: Codec
 
 
 class Flight(ABC):
     """A vector, or a part of it, that is under way."""
 
+    #: What was drawn of this rank's own vectors; and of the mean that it owned, once that was sent.
     drawn: Drawn
+    mean_drawn: Drawn | None = None
 
     @abstractmethod
     def advance(self) -> None:
@@ -77,5 +106,5 @@ class Plan(ABC):
         self.messenger, self.buffers = messenger, buffers
 
     @abstractmethod
-    def start(self, codec: Codec, outgoing: Outgoing) -> Flight:
+    def start(self, codecs: Codecs, outgoing: Outgoing) -> Flight:
         """Encodes and sends; returns at once."""
