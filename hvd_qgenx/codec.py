@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -160,16 +161,21 @@ class Codec:
     ) -> Tensor:
         bound = self.bound(len(vector), sizes)
         room = torch.empty(bound, dtype=torch.uint8) if out is None else _check_out(out, bound)
-        payload = room[: core.encode(self._book, self._job(sizes, key, inline), vector, room, counts)]
-        return payload.clone() if out is None else payload
+        segments, wanted = core.Segments.cut(vector, sizes), counts is not None
+        size, found = core.encode(self._book, self._layout(sizes), self._encoding(key, inline), segments, room, wanted)
+        if wanted:
+            counts.copy_(found.counts)
+        return room[:size].clone() if out is None else room[:size]
 
     @cached_property
     def _book(self):
         return core.book(CODERS.index(self.coder), self.levels.values, self.codebook.lengths, self.codebook_hash)
 
-    def _job(self, sizes: Sequence[int], key: Key, inline: bool = False):
-        norm, parts = NORMS.index(self.norm), (key.seed, key.step, key.rank, key.stream)
-        return core.job(sizes, self.min_numel, self.bucket_size, norm, parts, key.words, inline)
+    def _layout(self, sizes: Sequence[int]):
+        return core.layout(sizes, self.min_numel, self.bucket_size)
+
+    def _encoding(self, key: Key, inline: bool):
+        return core.encoding(NORMS.index(self.norm), (key.seed, key.step, key.rank, key.stream), key.words, inline)
 
     def quantize(self, vector: Tensor, key: Key, sizes: Sequence[int]) -> Encoded:
         """The first half of ``encode``, in plain torch: draws a symbol for every coordinate that is not raw."""
@@ -226,10 +232,23 @@ class Codec:
         try:
             if out is None:
                 out = torch.empty(core.parse(payloads[0], numel))
-            core.decode_mean(self._book, payloads, out)
+            cuts = [_cut_of(payload, len(out)) for payload in payloads]
+            if all(cut == cuts[0] for cut in cuts):
+                core.decode_mean(self._book, payloads, core.Segments.cut(out, cuts[0]))
+            else:
+                self._add_up(payloads, cuts, out)
         except core.CoreError as error:
             raise PayloadError(f"payload: {error}") from None
         return out
+
+    def _add_up(self, payloads: Sequence[Tensor], cuts: Sequence[tuple[int, ...]], out: Tensor) -> None:
+        """The mean of payloads whose segments are not the same: each is decoded by itself."""
+        one = torch.empty_like(out)
+        out.zero_()
+        for payload, cut in zip(payloads, cuts, strict=True):
+            core.decode_mean(self._book, [payload], core.Segments.cut(one, cut))
+            out.add_(one)
+        out.div_(len(payloads))
 
     def sizes_of(self, payload: Tensor, numel: int | None = None) -> tuple[int, ...]:
         """The coordinates of each segment of a payload, whose header and sections are checked first."""
@@ -252,7 +271,8 @@ class Codec:
     def statistics(self, vector: Tensor, sizes: Sequence[int], form: str) -> tuple[int, Tensor, Tensor]:
         """What ``adaptation.Statistics`` holds in this form, of the coded segments of a float32 vector."""
         if core.compiled():
-            return core.statistics(self._job(sizes, Key(0, 0, 0)), vector, form, NO_WEIGHT)
+            segments = core.Segments.cut(vector, sizes)
+            return core.statistics(self._layout(sizes), NORMS.index(self.norm), segments, form, NO_WEIGHT)
         buckets = Buckets.cut(sizes, self.bucket_size, self.min_numel)
         coded = vector[_coded_mask(sizes, self.min_numel)]
         measure = weighted_histograms if form == "histogram" else weighted_moments
@@ -267,6 +287,17 @@ class Codec:
             ours = f"{self.coder} {self.levels.num_levels} {self.codebook_hash:016x}"
             raise PayloadError(f"payload: codebook is {theirs}, the decoder's is {ours}")
         return self.levels, self.codebook
+
+
+def _cut_of(payload: Tensor, numel: int) -> tuple[int, ...]:
+    """The sizes of a payload's segments, unchecked but for their sum: the core compares them once more."""
+    try:
+        sizes = wire.read_sizes(payload)
+    except (ValueError, struct.error):  # it is shorter than it says
+        sizes = None
+    if sizes is None or sum(sizes) != numel:
+        core.parse(payload, numel)  # which says what is wrong with it
+    return sizes
 
 
 def _coded_mask(sizes: Sequence[int], min_numel: int) -> Tensor:

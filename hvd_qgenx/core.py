@@ -9,11 +9,28 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, byref, c_double, c_float, c_int, c_int32, c_int64, c_uint8, c_uint32, c_uint64
+from ctypes import (
+    POINTER,
+    Array,
+    Structure,
+    byref,
+    c_double,
+    c_float,
+    c_int,
+    c_int32,
+    c_int64,
+    c_uint8,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+    pointer,
+)
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -29,11 +46,7 @@ _MAX_LEVELS = 127
 
 
 class CoreError(Exception):
-    """What the core refused, in one sentence; ``is_payload`` if a payload was to blame, not an argument."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.is_payload = status == 1
+    """What the core refused a payload for, in one sentence that names the field."""
 
 
 class _Book(Structure):
@@ -46,20 +59,107 @@ class _Book(Structure):
     ]
 
 
-class _Job(Structure):
+class _Layout(Structure):
     _fields_ = [
         ("sizes", POINTER(c_uint64)),
         ("num_segments", c_uint32),
         ("min_numel", c_uint32),
         ("bucket_size", c_uint32),
-        ("norm", c_uint32),
+    ]
+
+
+class _Encoding(Structure):
+    _fields_ = [
         ("seed", c_uint64),
         ("step", c_uint64),
         ("rank", c_uint32),
         ("stream", c_uint32),
         ("key", c_uint32 * 2),
+        ("norm", c_uint32),
         ("inline_codebook", c_uint32),
     ]
+
+
+class _Report(Structure):
+    _fields_ = [
+        ("counts", c_void_p),
+        ("squared_error", POINTER(c_double)),
+        ("squared_norm", POINTER(c_double)),
+        ("spoiled", c_void_p),
+    ]
+
+
+class _Target(Structure):
+    _fields_ = [
+        ("sizes", POINTER(c_uint64)),
+        ("segments", POINTER(c_uint64)),
+        ("sections", c_void_p),
+        ("num_segments", c_uint32),
+    ]
+
+
+class Segments:
+    """Where the coordinates of a list of segments lie, in the form in which the core takes it.
+
+    An exchange makes it once of its gradients and hands it to several calls. It keeps the tensors alive; it is wrong
+    once one of them gets other memory, as by ``set_`` or ``resize_``.
+
+    Args:
+        tensors: contiguous float32 tensors of any shape on the CPU.
+
+    Attributes:
+        sizes: a ctypes array of uint64, the coordinates of each.
+        pointers: a ctypes array of uint64, where each begins.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._owners = tuple(tensors)
+        for tensor in self._owners:
+            if not (tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()):
+                _check(tensor, torch.float32)
+        self.sizes = _integers(list(map(Tensor.numel, self._owners)))
+        self.pointers = _integers(list(map(Tensor.data_ptr, self._owners)))
+
+    @classmethod
+    def cut(cls, vector: Tensor, sizes: Sequence[int]) -> Segments:
+        """A contiguous float32 vector on the CPU, cut into segments of ``sizes`` coordinates."""
+        segments = cls((vector,))
+        if sum(sizes) != vector.numel():
+            raise ValueError(f"sizes must add up to the vector's {vector.numel()} coordinates, got {sum(sizes)}")
+        first = segments.pointers[0]
+        segments.sizes = _integers(sizes)
+        segments.pointers = _integers([first + 4 * begin for begin in accumulate(sizes[:-1], initial=0)][: len(sizes)])
+        return segments
+
+    @classmethod
+    def of(cls, tensors: Segments | Sequence[Tensor]) -> Segments:
+        return tensors if isinstance(tensors, Segments) else cls(tensors)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+def _integers(values: Sequence[int]) -> Array:
+    """A ctypes array of uint64, by way of ``array``, since ctypes converts a list slowly."""
+    return (c_uint64 * len(values)).from_buffer(array("Q", values))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an encoding tells beside its payload; the sums are over the coordinates of segments that are not spoiled.
+
+    Attributes:
+        counts: int64[s + 1], how often each magnitude's index was drawn.
+        squared_error: sum of (decoded - v)^2, with ``decoded`` as receivers compute it and each difference rounded to
+            float32.
+        squared_norm: sum of v^2.
+        spoiled: bool[num_segments], whether a coordinate, or an L2 norm, is not finite: all of it is sent as NaN.
+    """
+
+    counts: Tensor
+    squared_error: float
+    squared_norm: float
+    spoiled: Tensor
 
 
 @dataclass
@@ -115,36 +215,49 @@ def book(coder: int, levels: Sequence[float], lengths: Sequence[int], identity: 
     return _Book(coder, count - 1, identity, floats, bytes_)
 
 
-def job(
-    sizes: Sequence[int],
-    min_numel: int,
-    bucket_size: int,
-    norm: int,
-    key: Sequence[int] = (0, 0, 0, 0),
-    words: Sequence[int] = (0, 0),
-    inline: bool = False,
-) -> _Job:
-    """How a vector is cut, and what its header says; ``key`` is (seed, step, rank, stream)."""
-    array = (c_uint64 * len(sizes))(*sizes)
-    return _Job(array, len(sizes), min_numel, bucket_size, norm, *key, (c_uint32 * 2)(*words), inline)
+def layout(sizes: Sequence[int], min_numel: int, bucket_size: int) -> _Layout:
+    """Segments of ``sizes`` coordinates, or ``Segments.sizes``; those of at least ``min_numel`` have buckets."""
+    sizes = sizes if isinstance(sizes, Array) else _integers(sizes)
+    return _Layout(sizes, len(sizes), min_numel, bucket_size)
 
 
-def bound(codebook: _Book, cut: _Job) -> int:
+def encoding(
+    norm: int, key: Sequence[int] = (0, 0, 0, 0), mixed: Sequence[int] = (0, 0), inline: bool = False
+) -> _Encoding:
+    """What else a payload depends on; ``key`` is (seed, step, rank, stream), ``mixed`` its two words."""
+    return _Encoding(*key, (c_uint32 * 2)(*mixed), norm, inline)
+
+
+def bound(codebook: _Book, cut: _Layout, inline: bool) -> int:
+    """Bytes of the largest payload."""
     found = c_uint64()
-    _call("qgenx_bound", byref(codebook), byref(cut), byref(found))
+    _call("qgenx_bound", byref(codebook), byref(cut), c_int(inline), byref(found))
     return found.value
 
 
-def encode(codebook: _Book, cut: _Job, vector: Tensor, out: Tensor, counts: Tensor | None = None) -> int:
-    """Writes a payload to the start of ``out``, uint8, and returns its bytes; counts int64[s + 1] of the indices."""
-    _check(vector, torch.float32, _numel(cut))
-    size = c_uint64()
-    where = None if counts is None else _pointer(counts, torch.int64, codebook.num_levels + 1)
+def encode(
+    codebook: _Book,
+    cut: _Layout,
+    how: _Encoding,
+    segments: Segments | Sequence[Tensor],
+    out: Tensor,
+    measure: bool = False,
+) -> tuple[int, Measured | None]:
+    """Writes a payload to the start of ``out``, uint8, and returns its bytes; and what ``measure`` asks for."""
+    segments = _fit(cut, segments)
+    size, report, measured = c_uint64(), None, None
+    if measure:
+        error, norm = c_double(), c_double()
+        counts = torch.empty(codebook.num_levels + 1, dtype=torch.int64)
+        spoiled = torch.empty(len(segments), dtype=torch.bool)
+        report = byref(_Report(counts.data_ptr(), pointer(error), pointer(norm), spoiled.data_ptr()))
     _call(
-        "qgenx_encode", byref(codebook), byref(cut), _pointer(vector, torch.float32), _pointer(out, torch.uint8),
-        c_uint64(len(out)), byref(size), where, *_how(),
+        "qgenx_encode", byref(codebook), byref(cut), byref(how), segments.pointers, _pointer(out, torch.uint8),
+        c_uint64(len(out)), byref(size), report, *_how(),
     )  # fmt: skip
-    return size.value
+    if measure:
+        measured = Measured(counts, error.value, norm.value, spoiled)
+    return size.value, measured
 
 
 def parse(payload: Tensor, expected: int | None) -> int:
@@ -156,22 +269,52 @@ def parse(payload: Tensor, expected: int | None) -> int:
     return numel.value
 
 
-def decode_mean(codebook: _Book, payloads: Sequence[Tensor], out: Tensor) -> None:
-    """Overwrites ``out``, float32[numel], with the mean of the payloads' vectors."""
-    pointers = (ctypes.c_void_p * len(payloads))(*(payload.data_ptr() for payload in payloads))
-    sizes = (c_uint64 * len(payloads))(*map(len, payloads))
+def decode_mean(
+    codebook: _Book,
+    payloads: Sequence[Tensor],
+    targets: Segments | Sequence[Tensor],
+    sections: Tensor | None = None,
+    divisor: float | None = None,
+    factor: float = 1.0,
+) -> Tensor:
+    """Overwrites each target with (float32 sum of its sections, in the payloads' order) / ``divisor`` * ``factor``.
+
+    Args:
+        codebook: of payloads that bring none.
+        payloads: 1-D uint8 tensors.
+        targets: contiguous float32 tensors on the CPU; one that no payload has keeps its values.
+        sections: int32[num_payloads, num_targets]: which section of each payload is added to each target, -1 where it
+            has none, which counts as zero, as does a section of no coordinates. None is each target's own number.
+        divisor: None is the number of payloads.
+        factor: of the quotient, rounded by itself.
+
+    Returns:
+        bool[num_targets], whether a payload's norm or raw coordinate in it is NaN.
+
+    Raises:
+        CoreError: if a payload is damaged or does not hold what the targets need.
+    """
+    targets = Segments.of(targets)
+    where = None if sections is None else _pointer(sections, torch.int32, len(payloads) * len(targets))
+    target = _Target(targets.sizes, targets.pointers, where, len(targets))
+    broken = torch.empty(len(targets), dtype=torch.bool)
     _call(
-        "qgenx_decode_mean", byref(codebook), pointers, sizes, c_uint32(len(payloads)),
-        _pointer(out, torch.float32), c_uint64(len(out)), *_how(),
+        "qgenx_decode_mean", byref(codebook), _integers([payload.data_ptr() for payload in payloads]),
+        _integers([len(payload) for payload in payloads]), c_uint32(len(payloads)),
+        byref(target), c_float(len(payloads) if divisor is None else divisor), c_float(factor),
+        c_void_p(broken.data_ptr()), *_how(),
     )  # fmt: skip
+    return broken
 
 
-def statistics(cut: _Job, vector: Tensor, form: str, minimum: int) -> tuple[int, Tensor, Tensor]:
+def statistics(
+    cut: _Layout, norm: int, segments: Segments | Sequence[Tensor], form: str, minimum: int
+) -> tuple[int, Tensor, Tensor]:
     """Exponent and the two parts of ``adaptation.Statistics``: int64[NUM_BINS] each, or int64[3]."""
-    _check(vector, torch.float32, _numel(cut))
+    segments = _fit(cut, segments)
     exponent, integers = c_int32(), torch.empty(2, NUM_BINS if form == "histogram" else 3, dtype=torch.int64)
     _call(
-        "qgenx_statistics", byref(cut), _pointer(vector, torch.float32), FORMS.index(form), byref(exponent),
+        "qgenx_statistics", byref(cut), c_int(norm), segments.pointers, FORMS.index(form), byref(exponent),
         c_int32(minimum), _pointer(integers[0], torch.int64), _pointer(integers[1], torch.int64), *_how(),
     )  # fmt: skip
     return exponent.value, integers[0], integers[1]
@@ -191,19 +334,26 @@ def _call(function: str, *arguments) -> None:
     message = ctypes.create_string_buffer(_MESSAGE)
     status = getattr(_library(), function)(*arguments, message)
     if status:
-        raise CoreError(status, message.value.decode())
+        raise _ERRORS[status](message.value.decode())
 
 
 def _how() -> tuple[c_int, int]:
     return c_int(torch.get_num_threads()), _PATHS[backend.name]
 
 
-def _numel(cut: _Job) -> int:
-    return sum(cut.sizes[: cut.num_segments])
+def _fit(cut: _Layout, segments: Segments | Sequence[Tensor]) -> Segments:
+    segments = Segments.of(segments)
+    if len(segments) != cut.num_segments or _bytes(cut.sizes, len(segments)) != bytes(segments.sizes):
+        raise ValueError("the segments must have the coordinates that the layout gives them")
+    return segments
 
 
-def _pointer(tensor: Tensor, dtype: torch.dtype, numel: int | None = None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(_check(tensor, dtype, numel).data_ptr())
+def _bytes(integers, count: int) -> bytes:
+    return ctypes.string_at(integers, 8 * count)
+
+
+def _pointer(tensor: Tensor, dtype: torch.dtype, numel: int | None = None) -> c_void_p:
+    return c_void_p(_check(tensor, dtype, numel).data_ptr())
 
 
 def _check(tensor: Tensor, dtype: torch.dtype, numel: int | None = None) -> Tensor:
@@ -213,4 +363,5 @@ def _check(tensor: Tensor, dtype: torch.dtype, numel: int | None = None) -> Tens
     return tensor
 
 
+_ERRORS = {1: CoreError, 2: ValueError, 3: MemoryError}  # by qgenx_status
 backend = _find()

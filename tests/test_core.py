@@ -50,7 +50,7 @@ def test_every_backend_writes_the_same_bytes_and_reads_the_same_values(coder, le
     vector, key = _vector(sum(sizes), 1, kind), Key(3, 1, 4)
     payload = _on("reference", codec.encode, vector, key, sizes=sizes)
     decoded = _on("reference", codec.decode_mean, [payload])
-    assert len(payload) <= codec.bound(len(vector), sizes) == core.bound(codec._book, codec._job(sizes, key, True))
+    assert len(payload) <= codec.bound(len(vector), sizes) == core.bound(codec._book, codec._layout(sizes), inline=True)
     for name in COMPILED:
         assert torch.equal(_on(name, codec.encode, vector, key, sizes=sizes), payload)
         assert torch.equal(_on(name, codec.decode_mean, [payload]), decoded)
