@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from hvd_qgenx.codebook import CODERS, Codebook, make_code
 from hvd_qgenx.key import Key
 from hvd_qgenx.layout import MAX_BUCKET_SIZE, Layout
 from hvd_qgenx.levels import NORMS, Levels
-from hvd_qgenx.payload import Header, bound, check_payload
+from hvd_qgenx.payload import Header, bound, check_payload, read_sizes
 
 ROUNDINGS = ("stochastic",)
 _COUNT_SCALE = 2**20
@@ -163,18 +164,33 @@ class Codec:
         if out is None:
             numel = self.parse(payloads[0], numel).layout.numel
             out = torch.empty(numel, dtype=torch.float32, device="cpu")
-        backend_of(_check_vector(out, numel).device).decode_mean(self.codebook, payloads, [out])
+        cuts = [_sizes_of(payload, len(_check_vector(out, numel))) for payload in payloads]
+        backend = backend_of(out.device)
+        if None not in cuts and all(cut == cuts[0] for cut in cuts):
+            backend.decode_mean(self.codebook, payloads, out.split(cuts[0]))
+        else:
+            self._add_up(payloads, out)
         return out
+
+    def _add_up(self, payloads: Sequence[Tensor], out: Tensor) -> None:
+        """The mean of payloads whose segments are not the same: each is decoded by itself."""
+        sizes = [list(self.parse(payload, len(out)).layout.sizes) for payload in payloads]
+        one, backend = torch.empty_like(out), backend_of(out.device)
+        out.zero_()
+        for payload, cut in zip(payloads, sizes, strict=True):
+            backend.decode_mean(self.codebook, [payload], one.split(cut))
+            out.add_(one)
+        out.div_(len(payloads))
 
     def decode_sections(
         self,
         payloads: Sequence[Tensor],
         targets: Sequence[Tensor],
-        sections: Sequence[Sequence[int]],
+        sections: Sequence[Sequence[int]] | None = None,
         factor: float = 1.0,
     ) -> tuple[bool, ...]:
         """Means of sections straight into float32 vectors; see ``Backend.decode_mean``."""
-        backend = backend_of(home(targets[0].device))
+        backend = backend_of(home(targets[0].device if targets else payloads[0].device))
         return backend.decode_mean(self.codebook, payloads, targets, sections, factor)
 
     def parse(self, payload: Tensor, numel: int | None = None) -> Header:
@@ -200,6 +216,15 @@ def as_vector(gradient: Tensor) -> Tensor:
     """A contiguous float32 vector with the values of a floating-point tensor of any shape, where it can be coded."""
     gradient = check_gradient(gradient).detach()
     return gradient.to(device=home(gradient.device), dtype=torch.float32).reshape(-1)
+
+
+def _sizes_of(payload: Tensor, numel: int) -> list[int] | None:
+    """How a payload cuts its vector, not checked but for the sum, as backends check it; None if it does not fit."""
+    try:
+        sizes = list(read_sizes(memoryview(payload.numpy().data)))
+    except (ValueError, struct.error):  # it is shorter than it says
+        return None
+    return sizes if sum(sizes) == numel else None
 
 
 def _check_counts(counts: Sequence[int], length: int) -> tuple[int, ...]:

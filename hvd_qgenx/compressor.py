@@ -113,7 +113,7 @@ class QGenXCompressor:
         bucket_size: int = 1024,
         rounding: str = "stochastic",
         min_numel: int = 1024,
-        adapt_at: Sequence[int] = (0, 200, 1000, 5000),
+        adapt_at: tuple[int, ...] = (0, 200, 1000, 5000),
         adapt_every: int = 10000,
         seed: int = 0,
         named_parameters: Iterable | None = None,
@@ -151,7 +151,7 @@ class QGenXCompressor:
         """
         settings = Settings(
             bits=bits, levels=levels, coder=coder, norm=norm, bucket_size=bucket_size, rounding=rounding,
-            min_numel=min_numel, adapt_at=tuple(adapt_at), adapt_every=adapt_every, seed=seed, nonfinite=nonfinite,
+            min_numel=min_numel, adapt_at=adapt_at, adapt_every=adapt_every, seed=seed, nonfinite=nonfinite,
             statistics=statistics, rate_weight=rate_weight,
         )  # fmt: skip
         return QGenXCompressor(settings, named_parameters, process_set)

@@ -87,17 +87,22 @@ def read_fields(data: memoryview) -> dict:
     return dict(zip(FIELDS, FIXED.unpack_from(data), strict=True))
 
 
+def read_sizes(data: memoryview) -> tuple[int, ...]:
+    """The coordinates of each segment; raises ValueError or struct.error where the payload is too short for them."""
+    fields = read_fields(data)
+    start = FIXED.size + (6 * fields["num_levels"] + 1 if fields["flags"] & INLINE else 0)
+    return tuple(np.frombuffer(data, "<u8", fields["num_segments"], start).tolist())
+
+
 def read_header(data: memoryview) -> Header:
     """The header of a payload whose sizes have been compared with its bytes."""
     fields = read_fields(data)
     inline = bool(fields["flags"] & INLINE)
-    start = FIXED.size + (6 * fields["num_levels"] + 1 if inline else 0)
-    sizes = np.frombuffer(data, "<u8", fields["num_segments"], start).tolist()
     return Header(
         norm=NORMS[fields["norm"]],
         coder=CODERS[fields["coder"]],
         num_levels=fields["num_levels"],
-        layout=Layout(tuple(sizes), fields["min_numel"], fields["bucket_size"]),
+        layout=Layout(read_sizes(data), fields["min_numel"], fields["bucket_size"]),
         key=Key(fields["seed"], fields["rank"], fields["step"], fields["stream"]),
         codebook_hash=fields["codebook_hash"],
         inline=inline,

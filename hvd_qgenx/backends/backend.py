@@ -65,12 +65,12 @@ class Backend(ABC):
             payloads: one or more.
             targets: contiguous float32 vectors.
             sections: for each payload and each target the section that belongs to it, -1 for one that the payload
-                lacks; None means sections in the targets' order. What is lacking, or has no coordinates, counts as
-                zero. A target that no payload has is left as it is.
+                lacks; None means each target's own number, of as many sections. What is lacking, or has no
+                coordinates, counts as zero. A target that no payload has is left as it is.
             factor: of the mean.
 
         Returns:
-            For each target whether it holds NaN, which payloads say of whole sections.
+            For each target whether it is not finite: a payload said NaN of the whole section, or a sum was too large.
 
         Raises:
             PayloadError: naming the field of a payload that is damaged, of other sizes than the targets', or made with

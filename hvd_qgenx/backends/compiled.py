@@ -6,10 +6,27 @@ The functions are called through ctypes, which releases the GIL for the time of 
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_double, c_float, c_int, c_int32, c_int64, c_uint8, c_uint32, c_uint64
+from ctypes import (
+    POINTER,
+    Array,
+    Structure,
+    byref,
+    c_double,
+    c_float,
+    c_int,
+    c_int32,
+    c_int64,
+    c_uint8,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+    pointer,
+)  # fmt: skip
 from functools import cache, lru_cache
 from importlib import util
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -38,19 +55,42 @@ class _Codebook(Structure):
     ]
 
 
-class _Job(Structure):
+class _Layout(Structure):
     _fields_ = [
         ("sizes", POINTER(c_uint64)),
         ("num_segments", c_uint32),
         ("min_numel", c_uint32),
         ("bucket_size", c_uint32),
-        ("norm", c_uint32),
+    ]
+
+
+class _Encoding(Structure):
+    _fields_ = [
         ("seed", c_uint64),
         ("step", c_uint64),
         ("rank", c_uint32),
         ("stream", c_uint32),
-        ("pair", c_uint32 * 2),
+        ("key", c_uint32 * 2),
+        ("norm", c_uint32),
         ("inline_codebook", c_uint32),
+    ]
+
+
+class _Report(Structure):
+    _fields_ = [
+        ("counts", c_void_p),
+        ("squared_error", POINTER(c_double)),
+        ("squared_norm", POINTER(c_double)),
+        ("spoiled", c_void_p),
+    ]
+
+
+class _Target(Structure):
+    _fields_ = [
+        ("sizes", POINTER(c_uint64)),
+        ("segments", POINTER(c_uint64)),
+        ("sections", c_void_p),
+        ("num_segments", c_uint32),
     ]
 
 
@@ -79,47 +119,29 @@ class Compiled(Backend):
         self.name, self._path = path, _PATHS[path]
 
     def encode(self, codebook, norm, layout, key, segments, out, inline):
-        vector = _joined(segments, layout.numel)
-        job, counts, size = _job(norm, layout, key, inline), no_counts(codebook), c_uint64()
+        lengths, pointers = _segments(segments)
+        if lengths != list(layout.sizes):
+            raise ValueError(f"segments must have the layout's {layout.numel} coordinates, got {sum(lengths)}")
+        counts, error, total, size = no_counts(codebook), c_double(), c_double(), c_uint64()
+        spoiled = (c_uint8 * len(lengths))()
+        report = _Report(counts.data_ptr(), pointer(error), pointer(total), ctypes.addressof(spoiled))
         _call(
-            "qgenx_encode", byref(_book(codebook)), byref(job), _pointer(vector, torch.float32),
-            _pointer(out, torch.uint8), c_uint64(len(out)), byref(size), _pointer(counts, torch.int64), *self._how(),
+            "qgenx_encode", byref(_codebook(codebook)), byref(_layout(layout)), byref(_encoding(key, norm, inline)),
+            pointers, _pointer(out, torch.uint8), c_uint64(len(out)), byref(size), byref(report), *self._how(),
         )  # fmt: skip
-        decoded = torch.empty(layout.numel, dtype=torch.float32, device="cpu")
-        broken = self.decode_mean(codebook, [out[: size.value]], decoded.split(list(layout.sizes)))
-        return Drawn(size.value, counts, *self.squared_error(vector, decoded), broken)
+        return Drawn(size.value, counts, error.value, total.value, tuple(map(bool, spoiled)))
 
     def decode_mean(self, codebook, payloads, targets, sections=None, factor=1.0):
-        if sections is not None:
-            return self._by_sections(codebook, payloads, targets, sections, factor)
-        vector = torch.empty(sum(map(len, targets)), dtype=torch.float32, device="cpu")
-        pointers = (ctypes.c_void_p * len(payloads))(*(payload.data_ptr() for payload in payloads))
-        sizes = (c_uint64 * len(payloads))(*map(len, payloads))
+        lengths, pointers = _segments(targets)
+        places = None if sections is None else _places(sections, len(lengths))
+        target = _Target(_integers(lengths), pointers, places and ctypes.addressof(places), len(lengths))
+        broken = (c_uint8 * len(lengths))()
         _call(
-            "qgenx_decode_mean", byref(_book(codebook)), pointers, sizes, c_uint32(len(payloads)),
-            _pointer(vector, torch.float32), c_uint64(len(vector)), *self._how(),
+            "qgenx_decode_mean", byref(_codebook(codebook)), _integers([one.data_ptr() for one in payloads]),
+            _integers(list(map(len, payloads))), c_uint32(len(payloads)), byref(target), c_float(len(payloads)),
+            c_float(factor), broken, *self._how(),
         )  # fmt: skip
-        for target, part in zip(targets, vector.split([len(target) for target in targets]), strict=True):
-            target.copy_(part * factor if factor != 1.0 else part)
-        return tuple(not bool(target.isfinite().all()) for target in targets)
-
-    def _by_sections(self, codebook, payloads, targets, sections, factor):
-        sizes = [self.parse(payload).layout.sizes for payload in payloads]
-        if all(own == sizes[0] for own in sizes) and all(list(own) == list(range(len(sizes[0]))) for own in sections):
-            return self.decode_mean(codebook, payloads, targets, None, factor)
-        decoded = []
-        for payload, own in zip(payloads, sizes):
-            vector = torch.empty(sum(own))
-            self.decode_mean(codebook, [payload], [vector])
-            decoded.append(vector.split(list(own)))
-        for index, target in enumerate(targets):
-            parts = [d[own[index]] for d, own in zip(decoded, sections) if len(d[own[index]])]
-            if parts:
-                total = parts[0].clone()
-                for part in parts[1:]:
-                    total.add_(part)
-                target.copy_(total.div_(len(payloads)) * factor)
-        return tuple(not bool(target.isfinite().all()) for target in targets)
+        return tuple(map(bool, broken))
 
     def parse(self, payload, numel=None):
         found, wanted = c_uint64(), -1 if numel is None else numel
@@ -130,11 +152,13 @@ class Compiled(Backend):
         return read_header(memoryview(payload.numpy()))
 
     def statistics(self, norm, layout, segments, form):
-        vector, exponent = _joined(segments, layout.numel), c_int32()
-        size = NUM_BINS if form == "histogram" else 3
+        lengths, pointers = _segments(segments)
+        if lengths != list(layout.sizes):
+            raise ValueError(f"segments must have the layout's {layout.numel} coordinates, got {sum(lengths)}")
+        exponent, size = c_int32(), NUM_BINS if form == "histogram" else 3
         integers = torch.empty(2, size, dtype=torch.int64, device="cpu")
         _call(
-            "qgenx_statistics", byref(_job(norm, layout)), _pointer(vector, torch.float32), FORMS.index(form),
+            "qgenx_statistics", byref(_layout(layout)), NORMS.index(norm), pointers, FORMS.index(form),
             byref(exponent), c_int32(_NO_WEIGHT), _pointer(integers[0], torch.int64),
             _pointer(integers[1], torch.int64), *self._how(),
         )  # fmt: skip
@@ -152,27 +176,41 @@ class Compiled(Backend):
 
 
 @lru_cache(maxsize=16)
-def _book(codebook: Codebook) -> _Codebook:
+def _codebook(codebook: Codebook) -> _Codebook:
     """The core's form of a codebook, kept: a new one is made only when levels are fitted."""
     levels = (c_float * (MAX_LEVELS + 1))(*codebook.levels.values)
     lengths = (c_uint8 * (2 * MAX_LEVELS + 1))(*codebook.code.lengths)
     return _Codebook(CODERS.index(codebook.coder), codebook.levels.num_levels, codebook.hash, levels, lengths)
 
 
-def _job(norm: str, layout: Layout, key: Key | None = None, inline: bool = False) -> _Job:
-    key = key or Key(0, 0, 0)
-    sizes = (c_uint64 * len(layout.sizes))(*layout.sizes)
-    return _Job(
-        sizes, len(sizes), layout.min_numel, layout.bucket_size, NORMS.index(norm),
-        key.seed, key.step, key.rank, key.stream, (c_uint32 * 2)(*key.pair), inline,
-    )  # fmt: skip
+def _layout(layout: Layout) -> _Layout:
+    return _Layout(_integers(layout.sizes), len(layout.sizes), layout.min_numel, layout.bucket_size)
 
 
-def _joined(segments: Sequence[Tensor], numel: int) -> Tensor:
-    vector = (
-        segments[0] if len(segments) == 1 else torch.cat([*segments, torch.zeros(0, dtype=torch.float32, device="cpu")])
-    )
-    return _check(vector, torch.float32, numel)
+def _encoding(key: Key, norm: str, inline: bool) -> _Encoding:
+    mixed = (c_uint32 * 2)(*key.pair)
+    return _Encoding(key.seed, key.step, key.rank, key.stream, mixed, NORMS.index(norm), inline)
+
+
+def _segments(tensors: Sequence[Tensor]) -> tuple[list[int], Array]:
+    """The coordinates of each tensor, and where each begins."""
+    for tensor in tensors:
+        if not (tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()):
+            _check(tensor, torch.float32)
+    return list(map(Tensor.numel, tensors)), _integers(list(map(Tensor.data_ptr, tensors)))
+
+
+def _integers(values: Sequence[int]) -> Array:
+    """A ctypes array of uint64, by way of ``array``, since ctypes converts a list slowly."""
+    return (c_uint64 * len(values)).from_buffer(array("Q", values)) if values else (c_uint64 * 0)()
+
+
+def _places(sections: Sequence[Sequence[int]], count: int) -> Array:
+    """int32[payloads x targets], the section of each payload for each target."""
+    flat = array("i", chain.from_iterable(sections))
+    if any(len(own) != count for own in sections):
+        raise ValueError(f"sections must name one for each of the {count} targets")
+    return (c_int32 * len(flat)).from_buffer(flat) if flat else (c_int32 * 0)()
 
 
 def _call(function: str, *arguments) -> None:

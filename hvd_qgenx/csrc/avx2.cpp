@@ -120,10 +120,19 @@ inline __m256 gather(const float *table, const uint8_t *symbols) {
     return _mm256_i32gather_ps(table, index, 4);
 }
 
-template <bool ADD, bool DIVIDE>
-inline void add_to(float *out, __m256 value, __m256 divisor) {
+/* What is done to a sum, and what with. */
+enum class End { SUM, DIVIDED, SCALED };
+
+struct Ending {
+    __m256 divisor, factor;
+};
+
+template <bool ADD, End END>
+inline void add_to(float *out, __m256 value, const Ending &by) {
     __m256 sum = _mm256_add_ps(ADD ? _mm256_loadu_ps(out) : _mm256_setzero_ps(), value);
-    _mm256_storeu_ps(out, DIVIDE ? _mm256_div_ps(sum, divisor) : sum);
+    if (END != End::SUM) sum = _mm256_div_ps(sum, by.divisor);
+    if (END == End::SCALED) sum = _mm256_mul_ps(sum, by.factor);
+    _mm256_storeu_ps(out, sum);
 }
 
 /* How values are found: of at most 16 by their bytes; of evenly spaced levels, which are symbol / s rounded to float32,
@@ -151,36 +160,44 @@ struct Finder {
     }
 };
 
-template <bool ADD, Values VALUES, bool DIVIDE>
-void accumulate_as(const uint8_t *symbols, int n, const float *table, int num_levels, float *out, float divisor,
+template <Values VALUES, bool ADD, End END>
+void accumulate_as(const uint8_t *symbols, int n, const float *table, int num_levels, float *out, const Finish &finish,
                    Ahead &ahead) {
     Finder<VALUES> values(table, num_levels);
-    __m256 by = _mm256_set1_ps(divisor);
+    Ending by{_mm256_set1_ps(finish.divisor), _mm256_set1_ps(finish.factor)};
     int i = 0;
     for (; i + 32 <= n; i += 32) {
         ahead.lines(2);
         __m256i value[4];
         values.of(symbols + i, value);
-        for (int k = 0; k < 4; k++) add_to<ADD, DIVIDE>(out + i + 8 * k, _mm256_castsi256_ps(value[k]), by);
+        for (int k = 0; k < 4; k++) add_to<ADD, END>(out + i + 8 * k, _mm256_castsi256_ps(value[k]), by);
     }
-    for (; i < n; i++) out[i] = ((ADD ? out[i] : 0.0f) + table[symbols[i]]) / divisor;
+    for (; i < n; i++) out[i] = finish.of((ADD ? out[i] : 0.0f) + table[symbols[i]]);
 }
 
 template <Values VALUES>
 void accumulate_by(const uint8_t *symbols, int n, const float *table, int num_levels, float *out, bool add,
-                   float divisor, Ahead &ahead) {
-    using Run = void (*)(const uint8_t *, int, const float *, int, float *, float, Ahead &);
-    static const Run runs[2][2] = {{accumulate_as<false, VALUES, false>, accumulate_as<false, VALUES, true>},
-                                   {accumulate_as<true, VALUES, false>, accumulate_as<true, VALUES, true>}};
-    runs[add][divisor != 1.0f](symbols, n, table, num_levels, out, divisor, ahead);
+                   const Finish &finish, Ahead &ahead) {
+    using Run = void (*)(const uint8_t *, int, const float *, int, float *, const Finish &, Ahead &);
+    static const Run runs[2][3] = {{accumulate_as<VALUES, false, End::SUM>, accumulate_as<VALUES, false, End::DIVIDED>,
+                                    accumulate_as<VALUES, false, End::SCALED>},
+                                   {accumulate_as<VALUES, true, End::SUM>, accumulate_as<VALUES, true, End::DIVIDED>,
+                                    accumulate_as<VALUES, true, End::SCALED>}};
+    End end = finish.factor != 1.0f ? End::SCALED : finish.divisor != 1.0f ? End::DIVIDED : End::SUM;
+    runs[add][int(end)](symbols, n, table, num_levels, out, finish, ahead);
+}
+
+Values values_of(const Code &code) {
+    return code.few ? Values::FEW : code.search == Search::UNIFORM ? Values::EVEN : Values::MANY;
 }
 
 void accumulate(const Code &code, const uint8_t *symbols, int n, const float *table, float *out, bool add,
-                float divisor, Ahead &ahead) {
-    auto run = code.few                         ? accumulate_by<Values::FEW>
-               : code.search == Search::UNIFORM ? accumulate_by<Values::EVEN>
-                                                : accumulate_by<Values::MANY>;
-    run(symbols, n, table, code.num_levels, out, add, divisor, ahead);
+                const Finish &finish, Ahead &ahead) {
+    Values values = values_of(code);
+    auto run = values == Values::FEW    ? accumulate_by<Values::FEW>
+               : values == Values::EVEN ? accumulate_by<Values::EVEN>
+                                        : accumulate_by<Values::MANY>;
+    run(symbols, n, table, code.num_levels, out, add, finish, ahead);
 }
 
 #include "avx2_round.inl"
@@ -189,34 +206,79 @@ void accumulate(const Code &code, const uint8_t *symbols, int n, const float *ta
 #include "runs.inl"
 #include "bucket.inl"
 
-/* ---- norms ------------------------------------------------------------------------------------------------------- */
+/* ---- squares ----------------------------------------------------------------------------------------------------- */
 
-/* A fused multiply-add rounds as an addition here, since a float32's square is exact in float64. */
-inline void add_squares(const float *sixteen, __m256d *lanes) {
-    for (int part = 0; part < 4; part++) {
-        __m256d x = _mm256_cvtps_pd(_mm_loadu_ps(sixteen + 4 * part));
-        lanes[part] = _mm256_fmadd_pd(x, x, lanes[part]);
+/* 16 sums in float64, folded in halves at the end. */
+struct Lanes {
+    __m256d sums[4];
+
+    Lanes() { /* written out: an implicit constructor would be compiled without AVX2 */
+        for (__m256d &sum : sums) sum = _mm256_setzero_pd();
     }
-}
 
-float l2(const float *values, int n) {
-    __m256d lanes[4] = {_mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd()};
+    /* A fused multiply-add rounds as an addition here, since a float32's square is exact in float64. */
+    inline void add_squares(int part, __m128 four) {
+        __m256d x = _mm256_cvtps_pd(four);
+        sums[part] = _mm256_fmadd_pd(x, x, sums[part]);
+    }
+
+    inline double fold() const {
+        __m256d four = _mm256_add_pd(_mm256_add_pd(sums[0], sums[2]), _mm256_add_pd(sums[1], sums[3]));
+        __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+        return _mm_cvtsd_f64(pair) + _mm_cvtsd_f64(_mm_unpackhi_pd(pair, pair));
+    }
+};
+
+double squares(const float *values, int n) {
+    Lanes lanes;
     int i = 0;
-    for (; i + 16 <= n; i += 16) add_squares(values + i, lanes);
+    for (; i + 16 <= n; i += 16)
+        for (int part = 0; part < 4; part++) lanes.add_squares(part, _mm_loadu_ps(values + i + 4 * part));
     if (i < n) {
         float rest[16] = {};
         memcpy(rest, values + i, size_t(n - i) * sizeof(float));
-        add_squares(rest, lanes);
+        for (int part = 0; part < 4; part++) lanes.add_squares(part, _mm_loadu_ps(rest + 4 * part));
     }
-    __m256d four = _mm256_add_pd(_mm256_add_pd(lanes[0], lanes[2]), _mm256_add_pd(lanes[1], lanes[3]));
-    __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-    double root = sqrt(_mm_cvtsd_f64(pair) + _mm_cvtsd_f64(_mm_unpackhi_pd(pair, pair)));
-    float norm = float(root);
-    return double(norm) < root ? nextafterf(norm, INFINITY) : norm;
+    return lanes.fold();
 }
 
-float norm(uint32_t kind, const float *values, int n) {
-    if (kind == QGENX_L2) return l2(values, n);
+/* Of 32 elements. */
+template <Values VALUES>
+inline void add_differences(const Finder<VALUES> &decoded, const uint8_t *symbols, const float *values, Lanes &lanes) {
+    __m256i value[4];
+    decoded.of(symbols, value);
+    for (int k = 0; k < 4; k++) {
+        __m256 difference = _mm256_sub_ps(_mm256_castsi256_ps(value[k]), _mm256_loadu_ps(values + 8 * k));
+        lanes.add_squares(k % 2 * 2, _mm256_castps256_ps128(difference));
+        lanes.add_squares(k % 2 * 2 + 1, _mm256_extractf128_ps(difference, 1));
+    }
+}
+
+template <Values VALUES>
+double error_by(const Code &code, const uint8_t *symbols, const float *values, int n, const float *table) {
+    Finder<VALUES> decoded(table, code.num_levels);
+    Lanes lanes;
+    int i = 0;
+    for (; i + 32 <= n; i += 32) add_differences(decoded, symbols + i, values + i, lanes);
+    if (i < n) {
+        float rest[32] = {}; /* as the symbols behind the last: no difference, which changes no sum */
+        memcpy(rest, values + i, size_t(n - i) * sizeof(float));
+        add_differences(decoded, symbols + i, rest, lanes);
+    }
+    return lanes.fold();
+}
+
+double error_of(const Code &code, const int8_t *symbols, const float *values, int n, float norm) {
+    float table[256];
+    list_values(code, norm, table);
+    Values values_by = values_of(code);
+    auto run = values_by == Values::FEW    ? error_by<Values::FEW>
+               : values_by == Values::EVEN ? error_by<Values::EVEN>
+                                           : error_by<Values::MANY>;
+    return run(code, reinterpret_cast<const uint8_t *>(symbols), values, n, table);
+}
+
+float largest(const float *values, int n) {
     const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
     __m256i one = _mm256_setzero_si256(), two = one;
     int i = 0;
@@ -237,6 +299,46 @@ float norm(uint32_t kind, const float *values, int n) {
     float found;
     memcpy(&found, &largest, 4);
     return found;
+}
+
+/* ---- counts of at most 15 levels -------------------------------------------------------------------------------- */
+
+/* How many of up to 255 vectors' magnitudes are `first` and each of the next COUNT - 1. */
+template <int COUNT>
+inline void count_magnitudes(const int8_t *symbols, int vectors, int first, uint64_t *counts) {
+    __m256i found[COUNT];
+    for (__m256i &one : found) one = _mm256_setzero_si256();
+    for (int v = 0; v < vectors; v++) {
+        __m256i magnitude = _mm256_abs_epi8(load(symbols + 32 * v));
+        for (int k = 0; k < COUNT; k++)
+            found[k] = _mm256_sub_epi8(found[k], _mm256_cmpeq_epi8(magnitude, _mm256_set1_epi8(char(first + k))));
+    }
+    for (int k = 0; k < COUNT; k++) {
+        alignas(32) uint64_t sums[4];
+        store(sums, _mm256_sad_epu8(found[k], _mm256_setzero_si256()));
+        counts[first + k] += sums[0] + sums[1] + sums[2] + sums[3];
+    }
+}
+
+/* The zeros are what is left of n, so that those behind the last symbol do not count. */
+void count(const int8_t *symbols, int n, int num_levels, uint64_t *counts) {
+    if (num_levels > 15) return count_symbols(symbols, n, num_levels, counts);
+    uint64_t found[16] = {};
+    for (int i = 0; i < n; i += 32 * 255) {
+        int vectors = (n - i + 31) / 32 < 255 ? (n - i + 31) / 32 : 255;
+        if (num_levels < 4) {
+            count_magnitudes<3>(symbols + i, vectors, 1, found);
+            continue;
+        }
+        count_magnitudes<7>(symbols + i, vectors, 1, found);
+        if (num_levels > 7) count_magnitudes<8>(symbols + i, vectors, 8, found);
+    }
+    uint64_t zeros = uint64_t(n);
+    for (int index = 1; index <= num_levels; index++) {
+        counts[index] += found[index];
+        zeros -= found[index];
+    }
+    counts[0] += zeros;
 }
 
 /* ---- checksum ---------------------------------------------------------------------------------------------------- */
@@ -275,8 +377,8 @@ uint32_t crc(uint32_t crc, const uint8_t *data, uint64_t size) {
 
 const Kernels &avx2_kernels() {
     using namespace avx2;
-    static const Kernels kernels{norm,           round_bucket, encode_bucket, decode_bucket, histogram_bucket,
-                                 moments_bucket, crc};
+    static const Kernels kernels{squares,       largest,       round_bucket,     count,          error_of,
+                                 encode_bucket, decode_bucket, histogram_bucket, moments_bucket, crc};
     return kernels;
 }
 

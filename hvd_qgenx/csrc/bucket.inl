@@ -42,6 +42,15 @@ static const char *read_fixed(const Code &code, const uint8_t *bytes, int size, 
     return codes_to_symbols(symbols, n, code.num_levels) ? nullptr : "a symbol above the highest level";
 }
 
+/* ---- counts ---------------------------------------------------------------------------------------------------- */
+
+static void count_symbols(const int8_t *symbols, int n, int num_levels, uint64_t *counts) {
+    uint32_t tables[4][256] = {}; /* neighbours are often equal: four counters do not wait for one another */
+    for (int i = 0; i < n; i++) tables[i & 3][uint8_t(symbols[i])]++;
+    for (int symbol = -num_levels; symbol <= num_levels; symbol++)
+        for (auto &table : tables) counts[symbol < 0 ? -symbol : symbol] += table[uint8_t(symbol)];
+}
+
 /* ---- a bucket -------------------------------------------------------------------------------------------------- */
 
 static int encode_bucket(const Code &code, const int8_t *symbols, int n, uint8_t *out, Scratch &scratch) {
@@ -71,7 +80,7 @@ static void list_values(const Code &code, float norm, float *table) {
 }
 
 static const char *decode_bucket(const Code &code, const uint8_t *bytes, int size, int n, float norm, float *out,
-                                 bool add, float divisor, Scratch &scratch) {
+                                 bool add, const Finish &finish, Scratch &scratch) {
     float table[256];
     list_values(code, norm, table);
     uint8_t *copy = scratch.bytes.get(), *symbols = scratch.indices.get();
@@ -84,12 +93,12 @@ static const char *decode_bucket(const Code &code, const uint8_t *bytes, int siz
     } else {
         Reader reader{copy, 0, 8 * uint64_t(size)};
         wrong = code.runs == Runs::NONE ? read_words(code, reader, n, symbols, scratch)
-                                        : read_runs(code, reader, n, table, out, add, divisor, scratch);
+                                        : read_runs(code, reader, n, table, out, add, finish, scratch);
         if (!wrong && reader.end - reader.at >= 8) return "a bucket with bytes behind its code words";
         if (!wrong && reader.end != reader.at && copy[size - 1] >> (8 - (reader.end - reader.at))) return BEHIND;
     }
     if (wrong || code.runs != Runs::NONE) return wrong;
-    accumulate(code, symbols, n, table, out, add, divisor, scratch.ahead);
+    accumulate(code, symbols, n, table, out, add, finish, scratch.ahead);
     return nullptr;
 }
 

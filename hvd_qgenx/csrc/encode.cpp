@@ -8,64 +8,84 @@
 namespace qgenx {
 namespace {
 
-/* Copies raw segments; one with a coordinate that is not finite is sent as NaN throughout. */
-void write_raw(const Layout &layout, const float *vector, uint8_t *raw) {
-    uint64_t position = 0;
-    for (uint32_t segment = 0; segment < layout.num_segments; segment++) {
-        uint64_t n = layout.size(segment);
-        if (layout.is_raw(segment) && n) {
-            memcpy(raw, vector + position, 4 * n);
-            /* one bad coordinate says that the whole gradient cannot be trusted, as a norm does in coded segments */
-            bool finite = true;
-            for (uint64_t i = 0; i < n; i++) finite = finite && std::isfinite(vector[position + i]);
-            for (uint64_t i = 0; i < n && !finite; i++) store(raw + 4 * i, std::nanf(""));
-            raw += 4 * n;
-        }
-        position += n;
-    }
-}
+constexpr size_t COUNTERS = QGENX_MAX_LEVELS + 1;
+
+/* Sums over a bucket that is finite. */
+struct Sums {
+    double error, squares;
+};
 
 /* One encoding, seen by all of its threads. */
-struct Encoding {
-    const qgenx_job &job;
+struct Encoder {
+    const qgenx_encoding &encoding;
     const Layout &layout;
     const Code &code;
     const Kernels &kernels;
-    const float *vector;
+    const float *const *segments;
     uint8_t *norms;
+    Sums *sums;               /* of each bucket, or NULL if nobody asked */
     bool norms_known = false; /* a second pass, after a norm was found that is not finite */
 
+    float norm_of(const Walk &walk, const float *values) const {
+        if (norms_known) return load<float>(norms + 4 * walk.bucket);
+        if (encoding.norm == QGENX_LINF) return kernels.largest(values, walk.numel());
+        double squares = kernels.squares(values, walk.numel());
+        if (sums) sums[walk.bucket].squares = squares; /* known already, as its norm's square */
+        return l2_of(squares);
+    }
+
     void symbols_of(const Walk &walk, int8_t *symbols, Scratch &scratch) const {
-        const float *values = vector + walk.position();
+        const float *values = segments[walk.segment] + walk.offset;
         int n = walk.numel();
-        uint8_t *place = norms + 4 * walk.bucket;
-        float norm = norms_known ? load<float>(place) : kernels.norm(job.norm, values, n);
-        store(place, norm);
+        float norm = norm_of(walk, values);
+        store(norms + 4 * walk.bucket, norm);
+        /* whole masks: the coder reads 64 symbols at a time */
+        if (!std::isfinite(norm)) return void(memset(symbols, 0, size_t((n + 63) & ~63)));
         /* draws go by the place in the whole vector, so that neither threads nor paths change them */
-        Draws draws{walk.position(), {job.key[0], job.key[1]}};
-        if (std::isfinite(norm))
-            kernels.round(code, values, n, norm, draws, symbols, scratch);
-        else
-            memset(symbols, 0, size_t((n + 63) & ~63)); /* whole masks: the coder reads 64 symbols at a time */
+        Draws draws{walk.position(), {encoding.key[0], encoding.key[1]}};
+        kernels.round(code, values, n, norm, draws, symbols, scratch);
+        if (sums) measure(walk, values, symbols, norm);
+    }
+
+    /* While values and symbols are in the cache. */
+    void measure(const Walk &walk, const float *values, const int8_t *symbols, float norm) const {
+        Sums &sum = sums[walk.bucket];
+        sum.error = kernels.error(code, symbols, values, walk.numel(), norm);
+        if (encoding.norm == QGENX_LINF) sum.squares = kernels.squares(values, walk.numel());
     }
 };
 
-void count_symbols(const int8_t *symbols, int n, int num_levels, uint64_t *counts) {
-    uint32_t tables[4][256] = {}; /* neighbours are often equal: four counters do not wait for one another */
-    for (int i = 0; i < n; i++) tables[i & 3][uint8_t(symbols[i])]++;
-    for (int symbol = -num_levels; symbol <= num_levels; symbol++)
-        for (auto &table : tables) counts[std::abs(symbol)] += table[uint8_t(symbol)];
+/* Copies raw segments; one with a coordinate that is not finite is sent as NaN throughout, as a coded one would be. The
+ * sum of the others' squares comes back. */
+double write_raw(const Encoder &e, uint8_t *raw, uint8_t *spoiled) {
+    double total = 0.0;
+    for (uint32_t segment = 0; segment < e.layout.num_segments; segment++) {
+        uint64_t n = e.layout.size(segment);
+        if (!e.layout.is_raw(segment) || !n) continue;
+        const float *values = e.segments[segment];
+        double squares =
+            0.0; /* finite if and only if all values are: float64 holds the squares of any number of them */
+        for (uint64_t i = 0; i < n; i += QGENX_MAX_BUCKET)
+            squares += e.kernels.squares(values + i, int(std::min<uint64_t>(n - i, QGENX_MAX_BUCKET)));
+        bool finite = std::isfinite(squares);
+        if (finite) memcpy(raw, values, 4 * n);
+        for (uint64_t i = 0; i < n && !finite; i++) store(raw + 4 * i, std::nanf(""));
+        if (spoiled && !finite) spoiled[segment] = 1;
+        total += finite ? squares : 0.0;
+        raw += 4 * n;
+    }
+    return total;
 }
 
 /* A part of the buckets: the bytes of their code begin at `start`; their number comes back. */
-uint64_t encode_part(const Encoding &e, uint64_t first, uint64_t end, uint8_t *lengths, uint8_t *start,
+uint64_t encode_part(const Encoder &e, uint64_t first, uint64_t end, uint8_t *lengths, uint8_t *start,
                      uint64_t *counts) {
     Scratch scratch(int(e.layout.bucket_size), int(e.code.nodes.size()));
     uint8_t *out = start;
     for (Walk walk(e.layout, first); walk.bucket < end; walk.next()) {
         int8_t *symbols = scratch.symbols.get();
         e.symbols_of(walk, symbols, scratch);
-        if (counts) count_symbols(symbols, walk.numel(), e.code.num_levels, counts);
+        if (counts) e.kernels.count(symbols, walk.numel(), e.code.num_levels, counts);
         int size = e.kernels.encode(e.code, symbols, walk.numel(), out, scratch);
         if (lengths) store(lengths + 2 * walk.bucket, uint16_t(size));
         out += size;
@@ -74,10 +94,10 @@ uint64_t encode_part(const Encoding &e, uint64_t first, uint64_t end, uint8_t *l
 }
 
 /* Each part writes where it would begin if all before it were as long as can be; then they are moved together. */
-uint64_t encode_buckets(const Encoding &e, const Sections &sections, int threads, uint64_t *counts) {
+uint64_t encode_buckets(const Encoder &e, const Sections &sections, int threads, uint64_t *counts) {
     int parts = parts_for(e.layout.numel, e.layout.buckets, threads);
     uint64_t most = most_bytes(e.code, e.layout.bucket_size);
-    std::vector<uint64_t> sizes(size_t(parts), 0), counted(counts ? 128 * size_t(parts) : 0, 0);
+    std::vector<uint64_t> sizes(size_t(parts), 0), counted(counts ? COUNTERS * size_t(parts) : 0, 0);
     std::vector<uint8_t *> starts;
     std::vector<uint64_t> firsts;
     for (int part = 0; part <= parts; part++) firsts.push_back(part_start(e.layout.buckets, part, parts));
@@ -92,7 +112,7 @@ uint64_t encode_buckets(const Encoding &e, const Sections &sections, int threads
     at_once(parts, [&](int part) {
         size_t p = size_t(part);
         sizes[p] = encode_part(e, firsts[p], firsts[p + 1], sections.lengths, starts[p],
-                               counts ? counted.data() + 128 * p : nullptr);
+                               counts ? counted.data() + COUNTERS * p : nullptr);
     });
     /* the gaps between parts close; a part moves down only, never over one that has not moved yet */
     uint8_t *end = sections.coded;
@@ -101,9 +121,23 @@ uint64_t encode_buckets(const Encoding &e, const Sections &sections, int threads
         end += sizes[part];
     }
     /* each part had counters of its own, so that threads share no cache line */
-    for (size_t i = 0; i < counted.size(); i++)
-        if (i % 128 <= size_t(e.code.num_levels)) counts[i % 128] += counted[i];
+    for (int index = 0; counts && index <= e.code.num_levels; index++) {
+        counts[index] = 0;
+        for (int part = 0; part < parts; part++) counts[index] += counted[COUNTERS * size_t(part) + size_t(index)];
+    }
     return uint64_t(end - sections.coded);
+}
+
+/* In the buckets' order, so that threads do not change the sums; spoiled segments have no part in them. */
+void add_sums(const Encoder &e, double raw_squares, const qgenx_report &report) {
+    double error = 0.0, squares = raw_squares;
+    for (uint64_t bucket = 0; bucket < e.layout.buckets; bucket++) {
+        if (!std::isfinite(load<float>(e.norms + 4 * bucket))) continue;
+        error += e.sums[bucket].error;
+        squares += e.sums[bucket].squares;
+    }
+    if (report.squared_error) *report.squared_error = error;
+    if (report.squared_norm) *report.squared_norm = squares;
 }
 
 /* That of all bytes, from those of pieces that threads work on at once. */
@@ -122,52 +156,57 @@ uint32_t checksum(const Kernels &kernels, const uint8_t *data, uint64_t size, in
     return crc;
 }
 
-}  // namespace
-
-int prepare_job(const qgenx_codebook *book, const qgenx_job &job, Code &code, Failure &failure) {
-    if (job.bucket_size < 1 || job.bucket_size > QGENX_MAX_BUCKET)
-        return failure.set(QGENX_BAD_ARGUMENT, "bucket_size must be between 1 and %d", QGENX_MAX_BUCKET);
-    if (job.norm > QGENX_LINF) return failure.set(QGENX_BAD_ARGUMENT, "norm is unknown");
-    if (!book) return QGENX_OK;
-    const char *wrong = prepare(*book, code, false);
-    return wrong ? failure.set(QGENX_BAD_ARGUMENT, "%s", wrong) : QGENX_OK;
+/* Calls `pass`, and once more if it leaves segments that hold a number that is not finite. Only then is it known that
+ * all their buckets must be NaN, and some of them have been coded already: rare enough to code everything again. */
+template <class Pass>
+void pass_over(Encoder &e, uint8_t *spoiled, Pass pass) {
+    pass();
+    if (!spoil_segments(e.layout, e.norms, spoiled)) return;
+    e.norms_known = true;
+    pass();
 }
 
-int encode(const qgenx_codebook &book, const qgenx_job &job, const float *vector, uint8_t *out, uint64_t capacity,
-           uint64_t *size, uint64_t *counts, int threads, const Kernels &kernels, Failure &failure) {
+int check_room(uint64_t bound, uint64_t capacity, Failure &failure) {
+    if (capacity >= bound) return QGENX_OK;
+    return failure.set(QGENX_BAD_ARGUMENT, "out must have room for %llu bytes, got %llu", (unsigned long long)bound,
+                       (unsigned long long)capacity);
+}
+
+}  // namespace
+
+int encode(const qgenx_codebook &book, const qgenx_layout &cut, const qgenx_encoding &encoding,
+           const float *const *segments, uint8_t *out, uint64_t capacity, uint64_t *size, const qgenx_report &report,
+           int threads, const Kernels &kernels, Failure &failure) {
     Code code;
-    if (prepare_job(&book, job, code, failure)) return failure.status;
-    Layout layout = layout_of(job);
-    uint64_t bound = bound_of(layout, code, job.inline_codebook ? inline_bytes(book) : 0);
-    if (capacity < bound)
-        return failure.set(QGENX_BAD_ARGUMENT, "out must have room for %llu bytes, got %llu", (unsigned long long)bound,
-                           (unsigned long long)capacity);
-    Sections sections = write_header(book, job, layout, code, out);
-    write_raw(layout, vector, sections.raw);
-    Encoding encoding{job, layout, code, kernels, vector, sections.norms};
-    for (int index = 0; counts && index <= code.num_levels; index++) counts[index] = 0;
-    uint64_t coded = encode_buckets(encoding, sections, threads, counts);
-    /* Only now is it known which segments hold a number that is not finite. All their buckets must be NaN, and those of
-     * their buckets that were finite have been coded already: rare enough to code everything once more. */
-    if (spoil_segments(layout, sections.norms)) {
-        encoding.norms_known = true;
-        for (int index = 0; counts && index <= code.num_levels; index++) counts[index] = 0;
-        coded = encode_buckets(encoding, sections, threads, counts);
-    }
+    Layout layout;
+    if (prepare_layout(cut, layout, failure) || check_norm(encoding.norm, failure)) return failure.status;
+    if (prepare_code(book, false, code, failure)) return failure.status;
+    uint64_t bound = bound_of(layout, code, encoding.inline_codebook ? inline_bytes(book) : 0);
+    if (check_room(bound, capacity, failure)) return failure.status;
+    bool asked = report.squared_error || report.squared_norm;
+    std::vector<Sums> sums(asked ? layout.buckets : 0);
+    Sections sections = write_header(book, encoding, layout, code, out);
+    Encoder encoder{encoding, layout, code, kernels, segments, sections.norms, asked ? sums.data() : nullptr};
+    if (report.spoiled) memset(report.spoiled, 0, layout.num_segments);
+    double raw_squares = write_raw(encoder, sections.raw, report.spoiled);
+    uint64_t coded = 0;
+    pass_over(encoder, report.spoiled, [&] { coded = encode_buckets(encoder, sections, threads, report.counts); });
+    if (asked) add_sums(encoder, raw_squares, report);
     *size = uint64_t(sections.coded - out) + coded + CHECKSUM;
     store(out + At::SIZE, *size);
     store(out + *size - CHECKSUM, checksum(kernels, out, *size - CHECKSUM, threads));
     return QGENX_OK;
 }
 
-int quantize(const qgenx_codebook &book, const qgenx_job &job, const float *vector, float *norms, int8_t *symbols,
-             int threads, const Kernels &kernels, Failure &failure) {
+int quantize(const qgenx_codebook &book, const qgenx_layout &cut, const qgenx_encoding &encoding,
+             const float *const *segments, float *norms, int8_t *symbols, int threads, const Kernels &kernels,
+             Failure &failure) {
     Code code;
-    if (prepare_job(&book, job, code, failure)) return failure.status;
-    Layout layout = layout_of(job);
-    Encoding encoding{job, layout, code, kernels, vector, reinterpret_cast<uint8_t *>(norms)};
-    /* twice if a segment is spoiled, as in encode */
-    auto all = [&] {
+    Layout layout;
+    if (prepare_layout(cut, layout, failure) || check_norm(encoding.norm, failure)) return failure.status;
+    if (prepare_code(book, false, code, failure)) return failure.status;
+    Encoder encoder{encoding, layout, code, kernels, segments, reinterpret_cast<uint8_t *>(norms), nullptr};
+    pass_over(encoder, nullptr, [&] {
         int parts = parts_for(layout.numel, layout.buckets, threads);
         at_once(parts, [&](int part) {
             uint64_t end = part_start(layout.buckets, part + 1, parts);
@@ -176,16 +215,11 @@ int quantize(const qgenx_codebook &book, const qgenx_job &job, const float *vect
             uint32_t segment = 0;
             for (Walk walk(layout, part_start(layout.buckets, part, parts)); walk.bucket < end; walk.next()) {
                 for (; segment < walk.segment; segment++) raw += layout.is_raw(segment) ? layout.size(segment) : 0;
-                encoding.symbols_of(walk, scratch.symbols.get(), scratch);
+                encoder.symbols_of(walk, scratch.symbols.get(), scratch);
                 memcpy(symbols + (walk.position() - raw), scratch.symbols.get(), size_t(walk.numel()));
             }
         });
-    };
-    all();
-    if (spoil_segments(layout, encoding.norms)) {
-        encoding.norms_known = true;
-        all();
-    }
+    });
     return QGENX_OK;
 }
 

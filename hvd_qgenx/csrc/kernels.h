@@ -2,6 +2,7 @@
 #ifndef QGENX_KERNELS_H
 #define QGENX_KERNELS_H
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -47,23 +48,47 @@ struct Scratch {
           planes(new uint64_t[size_t(18) * masks]()) {}
 };
 
+/* The L2 norm, rounded up to float32, so that no value is above it. */
+inline float l2_of(double squares) {
+    double root = std::sqrt(squares);
+    float norm = float(root);
+    return double(norm) < root ? std::nextafter(norm, INFINITY) : norm;
+}
+
+/* A power of two by which values and norm are multiplied first, so that 1 / norm is a normal number. */
+inline float scale_of(float norm) { return norm < 0x1p-100f ? 0x1p100f : norm > 0x1p100f ? 0x1p-100f : 1.0f; }
+
 /* A bucket's place among the draws: where it begins in the vector, and the key. */
 struct Draws {
     uint64_t position;
     uint32_t key[2];
 };
 
+/* What makes a mean of the sum: each value is divided, then multiplied. */
+struct Finish {
+    float divisor = 1.0f, factor = 1.0f;
+
+    bool is_needed() const { return divisor != 1.0f || factor != 1.0f; }
+    float of(float sum) const { return sum / divisor * factor; } /* by one, neither changes a bit */
+};
+
 struct Kernels {
-    /* The norm; infinite or NaN if it, or a coordinate, is not finite. */
-    float (*norm)(uint32_t kind, const float *values, int n);
+    /* The sum of squares in float64, in 16 lanes as docs/wire_format.md has it; not finite if a value is not. */
+    double (*squares)(const float *values, int n);
+    /* The largest magnitude; infinite or NaN if a value is. */
+    float (*largest)(const float *values, int n);
     /* Symbols of a bucket whose norm is finite, and zeros behind them up to a multiple of 64. */
     void (*round)(const Code &code, const float *values, int n, float norm, const Draws &draws, int8_t *symbols,
                   Scratch &scratch);
+    /* Adds how often each index 0 ... s occurs among symbols, behind which are zeros as above. */
+    void (*count)(const int8_t *symbols, int n, int num_levels, uint64_t *counts);
+    /* The sum of (decoded - value)^2, each difference rounded to float32, in lanes like `squares`. */
+    double (*error)(const Code &code, const int8_t *symbols, const float *values, int n, float norm);
     /* The bytes of a bucket's code; `out` has room for most_bytes. */
     int (*encode)(const Code &code, const int8_t *symbols, int n, uint8_t *out, Scratch &scratch);
-    /* Adds a bucket to `out`, or to zeros, and divides; returns NULL, or why these bytes are no code. */
+    /* Adds a bucket to `out`, or to zeros, and finishes the sums; returns NULL, or why these bytes are no code. */
     const char *(*decode)(const Code &code, const uint8_t *bytes, int size, int n, float norm, float *out, bool add,
-                          float divisor, Scratch &scratch);
+                          const Finish &finish, Scratch &scratch);
     /* Adds a bucket's normalised magnitudes to QGENX_NUM_BINS bins of both histograms, `weight` each to one of them. */
     void (*histogram)(const float *values, int n, float norm, uint32_t weight, int64_t *weighted, int64_t *plain,
                       Scratch &scratch);
@@ -71,6 +96,11 @@ struct Kernels {
     void (*moments)(const float *values, int n, float norm, uint32_t weight, int64_t *weighted, int64_t *plain,
                     Scratch &scratch);
     Checksum crc;
+
+    /* Infinite or NaN if it, or a value, is not finite. */
+    float norm(uint32_t kind, const float *values, int n) const {
+        return kind == QGENX_L2 ? l2_of(squares(values, n)) : largest(values, n);
+    }
 };
 
 const Kernels &portable_kernels();
@@ -78,11 +108,6 @@ const Kernels &portable_kernels();
 #define QGENX_HAS_AVX2 1
 const Kernels &avx2_kernels();
 #endif
-
-/* ---- how rounding scales a bucket, the same on both paths -------------------------------------------------- */
-
-/* A power of two by which values and norm are multiplied first, so that 1 / norm is a normal number. */
-inline float scale_of(float norm) { return norm < 0x1p-100f ? 0x1p100f : norm > 0x1p100f ? 0x1p-100f : 1.0f; }
 
 }  // namespace qgenx
 

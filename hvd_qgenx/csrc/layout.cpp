@@ -7,34 +7,32 @@ namespace qgenx {
 void Layout::count() {
     numel = raw = buckets = 0;
     for (uint32_t segment = 0; segment < num_segments; segment++) {
-        uint64_t n = size(segment);
-        numel += n;
-        if (is_raw(segment))
-            raw += n;
-        else
-            buckets += n / bucket_size + (n % bucket_size != 0);
+        numel += size(segment);
+        if (is_raw(segment)) raw += size(segment);
+        buckets += buckets_of(segment);
     }
 }
 
-Layout layout_of(const qgenx_job &job) {
-    Layout layout;
-    layout.sizes = reinterpret_cast<const uint8_t *>(job.sizes);
-    layout.num_segments = job.num_segments;
-    layout.min_numel = job.min_numel;
-    layout.bucket_size = job.bucket_size;
+int prepare_layout(const qgenx_layout &cut, Layout &layout, Failure &failure) {
+    if (cut.bucket_size < 1 || cut.bucket_size > QGENX_MAX_BUCKET)
+        return failure.set(QGENX_BAD_ARGUMENT, "bucket_size must be between 1 and %d", QGENX_MAX_BUCKET);
+    layout.sizes = reinterpret_cast<const uint8_t *>(cut.sizes);
+    layout.num_segments = cut.num_segments;
+    layout.min_numel = cut.min_numel;
+    layout.bucket_size = cut.bucket_size;
     layout.count();
-    return layout;
+    return QGENX_OK;
 }
 
-bool spoil_segments(const Layout &layout, uint8_t *norms) {
+bool spoil_segments(const Layout &layout, uint8_t *norms, uint8_t *spoiled) {
     bool any = false;
     uint64_t bucket = 0;
     for (uint32_t segment = 0; segment < layout.num_segments; segment++) {
-        if (layout.is_raw(segment)) continue;
-        uint64_t end = bucket + (layout.size(segment) + layout.bucket_size - 1) / layout.bucket_size;
+        uint64_t end = bucket + layout.buckets_of(segment);
         bool finite = true;
         for (uint64_t b = bucket; b < end; b++) finite = finite && std::isfinite(load<float>(norms + 4 * b));
         for (uint64_t b = bucket; b < end && !finite; b++) store(norms + 4 * b, std::nanf(""));
+        if (spoiled && !finite) spoiled[segment] = 1;
         any = any || !finite;
         bucket = end;
     }

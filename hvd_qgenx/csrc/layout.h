@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "failure.h"
 #include "qgenx.h"
 
 static_assert(sizeof(float) == 4, "floats are IEEE binary32");
@@ -33,11 +34,14 @@ struct Layout {
     uint64_t numel = 0, raw = 0, buckets = 0;
 
     uint64_t size(uint32_t segment) const { return load<uint64_t>(sizes + 8 * uint64_t(segment)); }
+    uint64_t buckets_of(uint32_t segment) const {
+        uint64_t n = size(segment);
+        return is_raw(segment) ? 0 : n / bucket_size + (n % bucket_size != 0);
+    }
     bool is_raw(uint32_t segment) const { return size(segment) < min_numel; }
     void count();
-    bool same_cut(const Layout &other) const {
-        return num_segments == other.num_segments && min_numel == other.min_numel && bucket_size == other.bucket_size &&
-               memcmp(sizes, other.sizes, 8 * size_t(num_segments)) == 0;
+    bool same_buckets(const Layout &other) const {
+        return min_numel == other.min_numel && bucket_size == other.bucket_size;
     }
 };
 
@@ -78,7 +82,7 @@ struct Walk {
     }
     void skip(uint64_t count) {
         while (!done() && count) {
-            uint64_t all = (layout.size(segment) + layout.bucket_size - 1) / layout.bucket_size;
+            uint64_t all = layout.buckets_of(segment);
             if (count < all) {
                 offset = count * layout.bucket_size;
                 bucket += count;
@@ -91,10 +95,12 @@ struct Walk {
     }
 };
 
-Layout layout_of(const qgenx_job &job);
+/* The caller's layout, if it is one. */
+int prepare_layout(const qgenx_layout &cut, Layout &layout, Failure &failure);
 
-/* Makes the norms of a segment NaN if one of them is not finite; true if any was. */
-bool spoil_segments(const Layout &layout, uint8_t *norms);
+/* Makes the norms of a segment NaN if one of them is not finite, and sets its byte of `spoiled`, unless that is NULL;
+ * true if any was. */
+bool spoil_segments(const Layout &layout, uint8_t *norms, uint8_t *spoiled);
 
 }  // namespace qgenx
 

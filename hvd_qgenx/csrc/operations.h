@@ -8,19 +8,31 @@
 
 namespace qgenx {
 
-/* Checks a job and fills `code` from `book`, unless that is NULL. */
-int prepare_job(const qgenx_codebook *book, const qgenx_job &job, Code &code, Failure &failure);
-
-int encode(const qgenx_codebook &book, const qgenx_job &job, const float *vector, uint8_t *out, uint64_t capacity,
-           uint64_t *size, uint64_t *counts, int threads, const Kernels &kernels, Failure &failure);
-int quantize(const qgenx_codebook &book, const qgenx_job &job, const float *vector, float *norms, int8_t *symbols,
-             int threads, const Kernels &kernels, Failure &failure);
+int encode(const qgenx_codebook &book, const qgenx_layout &cut, const qgenx_encoding &encoding,
+           const float *const *segments, uint8_t *out, uint64_t capacity, uint64_t *size, const qgenx_report &report,
+           int threads, const Kernels &kernels, Failure &failure);
+int quantize(const qgenx_codebook &book, const qgenx_layout &cut, const qgenx_encoding &encoding,
+             const float *const *segments, float *norms, int8_t *symbols, int threads, const Kernels &kernels,
+             Failure &failure);
 int decode_mean(const qgenx_codebook &book, const uint8_t *const *payloads, const uint64_t *sizes, uint32_t count,
-                float *out, uint64_t numel, int threads, const Kernels &kernels, Failure &failure);
-int statistics(const qgenx_job &job, const float *vector, qgenx_form form, int32_t *exponent, int32_t minimum,
-               int64_t *weighted, int64_t *plain, int threads, const Kernels &kernels, Failure &failure);
+                const qgenx_target &target, const Finish &finish, uint8_t *broken, int threads, const Kernels &kernels,
+                Failure &failure);
+int statistics(const qgenx_layout &cut, uint32_t norm, const float *const *segments, qgenx_form form, int32_t *exponent,
+               int32_t minimum, int64_t *weighted, int64_t *plain, int threads, const Kernels &kernels,
+               Failure &failure);
 void squared_error(const float *vector, const float *decoded, uint64_t numel, double *squared_error,
                    double *squared_norm, int threads);
+
+/* ---- what several of them begin with ------------------------------------------------------------------------------ */
+
+inline int check_norm(uint32_t norm, Failure &failure) {
+    return norm > QGENX_LINF ? failure.set(QGENX_BAD_ARGUMENT, "norm is unknown") : int(QGENX_OK);
+}
+
+inline int prepare_code(const qgenx_codebook &book, bool reading, Code &code, Failure &failure) {
+    const char *wrong = prepare(book, code, reading);
+    return wrong ? failure.set(QGENX_BAD_ARGUMENT, "%s", wrong) : int(QGENX_OK);
+}
 
 }  // namespace qgenx
 

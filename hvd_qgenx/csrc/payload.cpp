@@ -94,12 +94,23 @@ int parse_sizes(const uint8_t *data, Cursor &cursor, Layout &layout, Failure &fa
     return QGENX_OK;
 }
 
-/* The lengths are what finds each bucket, so that they must lead exactly to the end. */
-int check_lengths(const Parsed &parsed, Failure &failure) {
-    uint64_t total = 0;
-    for (Walk walk(parsed.layout); !walk.done(); walk.next()) total += parsed.bytes_of(walk.bucket, walk.numel());
-    REFUSE(total != parsed.coded_size, "lengths add up to %llu bytes, %llu are there", (unsigned long long)total,
-           (unsigned long long)parsed.coded_size);
+/* Where each segment begins. The lengths are what finds a bucket, so that they must lead exactly to the end. */
+int find_segments(Parsed &parsed, Failure &failure) {
+    const Layout &layout = parsed.layout;
+    Start next{0, 0, 0};
+    parsed.starts.reserve(layout.num_segments);
+    for (uint32_t segment = 0; segment < layout.num_segments; segment++) {
+        parsed.starts.push_back(next);
+        uint64_t left = layout.size(segment);
+        if (layout.is_raw(segment)) next.raw += left;
+        for (uint64_t end = next.bucket + layout.buckets_of(segment); next.bucket < end; next.bucket++) {
+            uint64_t numel = left < layout.bucket_size ? left : layout.bucket_size;
+            next.code += parsed.bytes_of(next.bucket, int(numel));
+            left -= numel;
+        }
+    }
+    REFUSE(next.code != parsed.coded_size, "lengths add up to %llu bytes, %llu are there",
+           (unsigned long long)next.code, (unsigned long long)parsed.coded_size);
     return QGENX_OK;
 }
 
@@ -122,20 +133,18 @@ uint64_t bound_of(const Layout &layout, const Code &code, uint64_t inlined) {
     uint64_t coded = 0;
     for (uint32_t segment = 0; segment < layout.num_segments; segment++) {
         uint64_t n = layout.size(segment);
-        if (layout.is_raw(segment)) continue;
-        uint64_t buckets = n / layout.bucket_size + (n % layout.bucket_size != 0);
-        coded += buckets * most_bytes(code, n < layout.bucket_size ? n : layout.bucket_size);
+        coded += layout.buckets_of(segment) * most_bytes(code, n < layout.bucket_size ? n : layout.bucket_size);
     }
     return At::END + inlined + 8 * uint64_t(layout.num_segments) + 4 * layout.raw + 6 * layout.buckets + coded +
            CHECKSUM;
 }
 
-Sections write_header(const qgenx_codebook &book, const qgenx_job &job, const Layout &layout, const Code &code,
-                      uint8_t *out) {
+Sections write_header(const qgenx_codebook &book, const qgenx_encoding &encoding, const Layout &layout,
+                      const Code &code, uint8_t *out) {
     memcpy(out + At::MAGIC, "QGNX", 4);
     store(out + At::VERSION, uint16_t(VERSION));
-    out[At::FLAGS] = job.inline_codebook ? FLAG_INLINE : 0;
-    out[At::NORM] = uint8_t(job.norm);
+    out[At::FLAGS] = encoding.inline_codebook ? FLAG_INLINE : 0;
+    out[At::NORM] = uint8_t(encoding.norm);
     out[At::CODER] = uint8_t(book.coder);
     out[At::NUM_LEVELS] = uint8_t(book.num_levels);
     store(out + At::RESERVED, uint16_t(0));
@@ -144,13 +153,13 @@ Sections write_header(const qgenx_codebook &book, const qgenx_job &job, const La
     store(out + At::NUM_SEGMENTS, layout.num_segments);
     store(out + At::MIN_NUMEL, layout.min_numel);
     store(out + At::BUCKET_SIZE, layout.bucket_size);
-    store(out + At::SEED, job.seed);
-    store(out + At::STEP, job.step);
-    store(out + At::RANK, job.rank);
-    store(out + At::STREAM, job.stream);
+    store(out + At::SEED, encoding.seed);
+    store(out + At::STEP, encoding.step);
+    store(out + At::RANK, encoding.rank);
+    store(out + At::STREAM, encoding.stream);
     store(out + At::CODEBOOK, book.hash);
     out += At::END;
-    if (job.inline_codebook) {
+    if (encoding.inline_codebook) {
         memcpy(out, book.levels + 1, 4 * size_t(book.num_levels));
         memcpy(out + 4 * book.num_levels, book.lengths, 2 * size_t(book.num_levels) + 1);
         out += inline_bytes(book);
@@ -179,7 +188,7 @@ int parse(const uint8_t *data, uint64_t size, int64_t expected, Checksum crc, Pa
         return failure.status;
     parsed.coded = cursor.at;
     parsed.coded_size = uint64_t(cursor.end - cursor.at);
-    return check_lengths(parsed, failure);
+    return find_segments(parsed, failure);
 }
 
 }  // namespace qgenx

@@ -2,12 +2,11 @@
 #ifndef QGENX_PAYLOAD_H
 #define QGENX_PAYLOAD_H
 
-#include <cstdarg>
-#include <cstdio>
 #include <vector>
 
 #include "checksum.h"
 #include "code.h"
+#include "failure.h"
 #include "layout.h"
 
 namespace qgenx {
@@ -40,18 +39,9 @@ struct At {
 
 constexpr uint8_t FLAG_INLINE = 1; /* of At::FLAGS: levels and code lengths follow the header */
 
-/* What has gone wrong, as a value. */
-struct Failure {
-    int status;
-    char *message;
-
-    int set(int why, const char *format, ...) {
-        va_list arguments;
-        va_start(arguments, format);
-        if (message) vsnprintf(message, QGENX_MESSAGE, format, arguments);
-        va_end(arguments);
-        return status = why;
-    }
+/* Where a segment begins: counted in raw coordinates, in buckets, in bytes of code. */
+struct Start {
+    uint64_t raw, bucket, code;
 };
 
 /* A payload whose sizes have been compared with its bytes. */
@@ -64,6 +54,7 @@ struct Parsed {
     uint64_t width;                               /* of the fixed code, else 0 */
     const uint8_t *raw, *norms, *lengths, *coded; /* lengths is NULL for the fixed code */
     uint64_t coded_size;
+    std::vector<Start> starts; /* of its segments */
 
     uint64_t bytes_of(uint64_t bucket, int numel) const {
         return lengths ? load<uint16_t>(lengths + 2 * bucket) : (uint64_t(numel) * width + 7) / 8;
@@ -77,8 +68,8 @@ struct Sections {
 
 uint64_t inline_bytes(const qgenx_codebook &book);
 uint64_t bound_of(const Layout &layout, const Code &code, uint64_t inlined);
-Sections write_header(const qgenx_codebook &book, const qgenx_job &job, const Layout &layout, const Code &code,
-                      uint8_t *out);
+Sections write_header(const qgenx_codebook &book, const qgenx_encoding &encoding, const Layout &layout,
+                      const Code &code, uint8_t *out);
 int parse(const uint8_t *data, uint64_t size, int64_t expected, Checksum crc, Parsed &parsed, Failure &failure);
 
 }  // namespace qgenx

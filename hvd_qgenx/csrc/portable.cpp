@@ -92,9 +92,9 @@ void unpack_nibbles(const uint8_t *bytes, int n, uint8_t *codes) {
     for (int i = 0; i < n; i++) codes[i] = uint8_t(bytes[i / 2] >> (i & 1 ? 4 : 0) & 15);
 }
 
-void accumulate(const Code &, const uint8_t *symbols, int n, const float *table, float *out, bool add, float divisor,
-                Ahead &) {
-    for (int i = 0; i < n; i++) out[i] = ((add ? out[i] : 0.0f) + table[symbols[i]]) / divisor;
+void accumulate(const Code &, const uint8_t *symbols, int n, const float *table, float *out, bool add,
+                const Finish &finish, Ahead &) {
+    for (int i = 0; i < n; i++) out[i] = finish.of((add ? out[i] : 0.0f) + table[symbols[i]]);
 }
 
 inline uint32_t hash(uint32_t x, const uint32_t *key) {
@@ -146,22 +146,34 @@ void round_values(const Code &code, const float *values, int n, float norm, cons
 #include "runs.inl"
 #include "bucket.inl"
 
-/* 16 lanes in float64, folded in halves, the root rounded up: docs/wire_format.md. */
-float l2(const float *values, int n) {
+/* Lanes are folded in halves: docs/wire_format.md. */
+double fold(double *lanes) {
+    for (int half = 8; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
+double squares(const float *values, int n) {
     double lanes[16] = {};
     int i = 0;
     for (; i + 16 <= n; i += 16)
         for (int lane = 0; lane < 16; lane++) lanes[lane] += double(values[i + lane]) * double(values[i + lane]);
     for (int lane = 0; i + lane < n; lane++) lanes[lane] += double(values[i + lane]) * double(values[i + lane]);
-    for (int half = 8; half; half /= 2)
-        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
-    double root = sqrt(lanes[0]);
-    float norm = float(root);
-    return double(norm) < root ? nextafterf(norm, INFINITY) : norm;
+    return fold(lanes);
 }
 
-float norm(uint32_t kind, const float *values, int n) {
-    if (kind == QGENX_L2) return l2(values, n);
+double error_of(const Code &code, const int8_t *symbols, const float *values, int n, float norm) {
+    float table[256];
+    list_values(code, norm, table);
+    double lanes[16] = {};
+    for (int i = 0; i < n; i++) {
+        float difference = table[uint8_t(symbols[i])] - values[i];
+        lanes[i & 15] += double(difference) * double(difference);
+    }
+    return fold(lanes);
+}
+
+float largest(const float *values, int n) {
     uint32_t largest = 0; /* bits of a magnitude rise with it, and those of NaN are above those of infinity */
     for (int i = 0; i < n; i++) {
         uint32_t bits;
@@ -205,8 +217,8 @@ uint32_t crc(uint32_t crc, const uint8_t *data, uint64_t size) {
 
 const Kernels &portable_kernels() {
     using namespace portable;
-    static const Kernels kernels{norm,           round_bucket, encode_bucket, decode_bucket, histogram_bucket,
-                                 moments_bucket, crc};
+    static const Kernels kernels{squares,       largest,       round_bucket,     count_symbols,  error_of,
+                                 encode_bucket, decode_bucket, histogram_bucket, moments_bucket, crc};
     return kernels;
 }
 

@@ -43,26 +43,31 @@ qgenx_path qgenx_best_path(void) {
     return QGENX_PORTABLE;
 }
 
-int qgenx_bound(const qgenx_codebook *book, const qgenx_job *job, uint64_t *bound, char *message) {
+int qgenx_bound(const qgenx_codebook *book, const qgenx_layout *layout, int inline_codebook, uint64_t *bound,
+                char *message) {
     return guarded(message, [&](Failure &failure) {
         Code code;
-        if (prepare_job(book, *job, code, failure)) return failure.status;
-        *bound = bound_of(layout_of(*job), code, job->inline_codebook ? inline_bytes(*book) : 0);
+        Layout cut;
+        if (prepare_layout(*layout, cut, failure) || prepare_code(*book, false, code, failure)) return failure.status;
+        *bound = bound_of(cut, code, inline_codebook ? inline_bytes(*book) : 0);
         return int(QGENX_OK);
     });
 }
 
-int qgenx_encode(const qgenx_codebook *book, const qgenx_job *job, const float *vector, uint8_t *out, uint64_t capacity,
-                 uint64_t *size, uint64_t *counts, int threads, qgenx_path path, char *message) {
+int qgenx_encode(const qgenx_codebook *book, const qgenx_layout *layout, const qgenx_encoding *encoding,
+                 const float *const *segments, uint8_t *out, uint64_t capacity, uint64_t *size,
+                 const qgenx_report *report, int threads, qgenx_path path, char *message) {
     return guarded(message, [&](Failure &failure) {
-        return encode(*book, *job, vector, out, capacity, size, counts, threads, kernels_of(path), failure);
+        return encode(*book, *layout, *encoding, segments, out, capacity, size, report ? *report : qgenx_report{},
+                      threads, kernels_of(path), failure);
     });
 }
 
-int qgenx_quantize(const qgenx_codebook *book, const qgenx_job *job, const float *vector, float *norms, int8_t *symbols,
-                   int threads, qgenx_path path, char *message) {
+int qgenx_quantize(const qgenx_codebook *book, const qgenx_layout *layout, const qgenx_encoding *encoding,
+                   const float *const *segments, float *norms, int8_t *symbols, int threads, qgenx_path path,
+                   char *message) {
     return guarded(message, [&](Failure &failure) {
-        return quantize(*book, *job, vector, norms, symbols, threads, kernels_of(path), failure);
+        return quantize(*book, *layout, *encoding, segments, norms, symbols, threads, kernels_of(path), failure);
     });
 }
 
@@ -77,16 +82,20 @@ int qgenx_parse(const uint8_t *payload, uint64_t size, int64_t expected, uint64_
 }
 
 int qgenx_decode_mean(const qgenx_codebook *book, const uint8_t *const *payloads, const uint64_t *sizes,
-                      uint32_t num_payloads, float *out, uint64_t numel, int threads, qgenx_path path, char *message) {
+                      uint32_t num_payloads, const qgenx_target *target, float divisor, float factor, uint8_t *broken,
+                      int threads, qgenx_path path, char *message) {
     return guarded(message, [&](Failure &failure) {
-        return decode_mean(*book, payloads, sizes, num_payloads, out, numel, threads, kernels_of(path), failure);
+        return decode_mean(*book, payloads, sizes, num_payloads, *target, Finish{divisor, factor}, broken, threads,
+                           kernels_of(path), failure);
     });
 }
 
-int qgenx_statistics(const qgenx_job *job, const float *vector, qgenx_form form, int32_t *exponent, int32_t minimum,
-                     int64_t *weighted, int64_t *plain, int threads, qgenx_path path, char *message) {
+int qgenx_statistics(const qgenx_layout *layout, qgenx_norm norm, const float *const *segments, qgenx_form form,
+                     int32_t *exponent, int32_t minimum, int64_t *weighted, int64_t *plain, int threads,
+                     qgenx_path path, char *message) {
     return guarded(message, [&](Failure &failure) {
-        return statistics(*job, vector, form, exponent, minimum, weighted, plain, threads, kernels_of(path), failure);
+        return statistics(*layout, norm, segments, form, exponent, minimum, weighted, plain, threads, kernels_of(path),
+                          failure);
     });
 }
 

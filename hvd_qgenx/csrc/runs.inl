@@ -194,7 +194,7 @@ static const char *read_nonzeros(const Code &code, Reader &reader, int n, uint16
 }
 
 static const char *read_runs(const Code &code, Reader &reader, int n, const float *table, float *out, bool add,
-                             float divisor, Scratch &scratch) {
+                             const Finish &finish, Scratch &scratch) {
     uint16_t *positions = scratch.positions.get();
     uint8_t *symbols = scratch.indices.get();
     int count;
@@ -206,7 +206,7 @@ static const char *read_runs(const Code &code, Reader &reader, int n, const floa
         for (int i = 0; i < n; i++) out[i] = table[0];
     else
         for (int i = 0; i < count; i++) out[positions[i]] += table[symbols[i]];
-    if (divisor != 1.0f)
-        for (int i = 0; i < n; i++) out[i] /= divisor;
+    if (finish.is_needed())
+        for (int i = 0; i < n; i++) out[i] = finish.of(out[i]);
     return nullptr;
 }

@@ -14,7 +14,8 @@ constexpr int WEIGHT_BITS = 20; /* the heaviest bucket of a vector weighs 2^19 t
 struct Counting {
     const Layout &layout;
     const Kernels &kernels;
-    const float *vector, *norms;
+    const float *const *segments;
+    const float *norms;
     qgenx_form form;
     int32_t exponent;
 
@@ -28,7 +29,7 @@ struct Counting {
             if (!(norm > 0.0f) || !std::isfinite(norm)) continue;
             /* integers, which add up alike in any order: ranks and threads may differ, sums do not */
             uint32_t weight = uint32_t(std::ldexp(double(norm) * double(norm), -exponent));
-            count(vector + walk.position(), walk.numel(), norm, weight, weighted, plain, scratch);
+            count(segments[walk.segment] + walk.offset, walk.numel(), norm, weight, weighted, plain, scratch);
         }
     }
 };
@@ -44,23 +45,23 @@ int32_t exponent_of(const std::vector<float> &norms, int32_t minimum) {
 
 }  // namespace
 
-int statistics(const qgenx_job &job, const float *vector, qgenx_form form, int32_t *exponent, int32_t minimum,
-               int64_t *weighted, int64_t *plain, int threads, const Kernels &kernels, Failure &failure) {
-    Code none;
-    if (prepare_job(nullptr, job, none, failure)) return failure.status;
-    Layout layout = layout_of(job);
+int statistics(const qgenx_layout &cut, uint32_t norm, const float *const *segments, qgenx_form form, int32_t *exponent,
+               int32_t minimum, int64_t *weighted, int64_t *plain, int threads, const Kernels &kernels,
+               Failure &failure) {
+    Layout layout;
+    if (prepare_layout(cut, layout, failure) || check_norm(norm, failure)) return failure.status;
     int parts = parts_for(layout.numel, layout.buckets, threads);
     /* two passes, since a bucket's weight depends on the heaviest one */
     std::vector<float> norms(layout.buckets);
     auto start = [&](int part) { return part_start(layout.buckets, part, parts); };
     at_once(parts, [&](int part) {
         for (Walk walk(layout, start(part)); walk.bucket < start(part + 1); walk.next())
-            norms[walk.bucket] = kernels.norm(job.norm, vector + walk.position(), walk.numel());
+            norms[walk.bucket] = kernels.norm(norm, segments[walk.segment] + walk.offset, walk.numel());
     });
     /* what encode would send as NaN must not shape the levels */
-    spoil_segments(layout, reinterpret_cast<uint8_t *>(norms.data()));
+    spoil_segments(layout, reinterpret_cast<uint8_t *>(norms.data()), nullptr);
     *exponent = exponent_of(norms, minimum);
-    Counting counting{layout, kernels, vector, norms.data(), form, *exponent};
+    Counting counting{layout, kernels, segments, norms.data(), form, *exponent};
     size_t size = size_t(counting.size());
     std::vector<int64_t> counted(2 * size * size_t(parts), 0);
     at_once(parts, [&](int part) {

@@ -96,8 +96,7 @@ class Arrived:
 
     def mean_into(self, targets: Sequence[Tensor], factor: float = 1.0) -> tuple[bool, ...]:
         """Overwrites one target for each section; says which are NaN throughout."""
-        same = [range(len(targets))] * len(self.payloads)
-        return self.codec.decode_sections(self.payloads, targets, same, factor)
+        return self.codec.decode_sections(self.payloads, targets, None, factor)
 
     def mean_of(self, sections: Sequence[int], factor: float = 1.0) -> tuple[Tensor, bool]:
         """The mean of section ``sections[rank]`` of every rank, and whether it is NaN throughout."""

@@ -117,7 +117,7 @@ class TwoPhaseFlight(Flight):
         broken = [False] * len(targets)
         for shard, payload in zip(self.shards, self.arrived.payloads, strict=True):
             pieces = shard.cut(targets)
-            flags = self.fine.decode_sections([payload], pieces, [range(len(pieces))], factor)
+            flags = self.fine.decode_sections([payload], pieces, None, factor)
             for piece, flag in zip(shard.slices, flags, strict=True):
                 broken[piece.segment] = broken[piece.segment] or flag
         return tuple(broken)

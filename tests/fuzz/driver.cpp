@@ -48,12 +48,17 @@ std::vector<Bytes> make_payloads(Random &random) {
                 if (coder != QGENX_HUFFMAN && words != Words::FLAT) continue;
                 Table table = num_levels == 20 ? Table::CROWDED : Table::UNIFORM;
                 qgenx_codebook book = make_book(coder, num_levels, table, words);
-                qgenx_job job = make_job(sizes, words == Words::SKEWED ? 16384 : 64, coder & 1, 4, num_levels != 7);
-                Bytes payload = encode(book, job, make_vector(200, random), 1, QGENX_PORTABLE);
-                made.push_back(payload);
-                put(payload.data() + At::SEED, uint64_t(2) | uint64_t(payload.size()) << 48);
-                payload.insert(payload.end(), made.back().begin(), made.back().end());
-                made.push_back(payload);
+                Job job(sizes, words == Words::SKEWED ? 16384 : 64, coder & 1, 4, num_levels != 7);
+                Bytes one = encode(book, job, make_vector(200, random), 1, QGENX_PORTABLE), two = one;
+                two.insert(two.end(), one.begin(), one.end());
+                made.push_back(one);
+                for (Bytes *input : {&two, &one})
+                    for (uint64_t options : {0, 32}) { /* as it is, and by a map of sections */
+                        options |= input == &two ? 2 : 4;
+                        put(input->data() + At::SEED, options | uint64_t(one.size()) << 48);
+                        put(input->data() + At::STEP, random.next());
+                        made.push_back(*input);
+                    }
             }
     return made;
 }

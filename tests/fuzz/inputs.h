@@ -104,31 +104,83 @@ inline qgenx_codebook make_book(uint32_t coder, uint32_t num_levels, Table table
     return book;
 }
 
-inline qgenx_job make_job(const std::vector<uint64_t> &sizes, uint32_t bucket_size, uint32_t norm, uint32_t min_numel,
-                          bool with_codebook) {
-    qgenx_job job = {};
-    job.sizes = sizes.data();
-    job.num_segments = uint32_t(sizes.size());
-    job.min_numel = min_numel;
-    job.bucket_size = bucket_size;
-    job.norm = norm;
-    job.key[0] = 0x12345678u;
-    job.key[1] = 0x9abcdef0u;
-    job.inline_codebook = with_codebook;
-    return job;
-}
+/* How a vector is cut and encoded. */
+struct Job {
+    std::vector<uint64_t> sizes;
+    qgenx_layout layout;
+    qgenx_encoding encoding;
+
+    Job(const std::vector<uint64_t> &segments, uint32_t bucket_size, uint32_t norm, uint32_t min_numel,
+        bool with_codebook)
+        : sizes(segments), layout(), encoding() {
+        layout = {sizes.data(), uint32_t(sizes.size()), min_numel, bucket_size};
+        encoding.norm = norm;
+        encoding.key[0] = 0x12345678u;
+        encoding.key[1] = 0x9abcdef0u;
+        encoding.inline_codebook = with_codebook;
+    }
+    Job(const Job &) = delete; /* the layout points to these sizes */
+
+    uint64_t buckets() const {
+        uint64_t count = 0;
+        for (uint64_t size : sizes)
+            if (size >= layout.min_numel) count += (size + layout.bucket_size - 1) / layout.bucket_size;
+        return count;
+    }
+};
+
+/* Segments, each in memory of its own, to the byte. */
+struct Segments {
+    std::vector<std::vector<float>> values;
+    std::vector<float *> pointers;
+
+    /* All are copies of `value`. */
+    Segments(const std::vector<uint64_t> &sizes, float value) {
+        for (uint64_t size : sizes) values.emplace_back(size, value);
+        for (std::vector<float> &segment : values) pointers.push_back(segment.data());
+    }
+
+    /* A vector, cut. */
+    Segments(const std::vector<uint64_t> &sizes, const std::vector<float> &vector) : Segments(sizes, 0.0f) {
+        auto at = vector.begin();
+        for (std::vector<float> &segment : values)
+            for (float &value : segment) value = *at++;
+    }
+
+    std::vector<float> joined() const {
+        std::vector<float> all;
+        for (const std::vector<float> &segment : values) all.insert(all.end(), segment.begin(), segment.end());
+        return all;
+    }
+};
+
+/* What encode tells beside the payload. */
+struct Report {
+    std::vector<uint64_t> counts;
+    double squared_error = -1.0, squared_norm = -1.0;
+    Bytes spoiled;
+
+    Report(const qgenx_codebook &book, const Job &job) : counts(book.num_levels + 1, 7), spoiled(job.sizes.size(), 7) {}
+    qgenx_report ask() { return {counts.data(), &squared_error, &squared_norm, spoiled.data()}; }
+    bool operator==(const Report &other) const {
+        return counts == other.counts && squared_error == other.squared_error && squared_norm == other.squared_norm &&
+               spoiled == other.spoiled;
+    }
+};
 
 /* The largest payloads fit exactly, so that a byte too many is seen. */
-inline Bytes encode(const qgenx_codebook &book, const qgenx_job &job, const std::vector<float> &vector, int threads,
-                    qgenx_path path) {
+inline Bytes encode(const qgenx_codebook &book, const Job &job, const std::vector<float> &vector, int threads,
+                    qgenx_path path, Report *report = nullptr) {
     char message[QGENX_MESSAGE];
     uint64_t bound = 0, size = 0;
-    REQUIRE(qgenx_bound(&book, &job, &bound, message) == QGENX_OK);
+    REQUIRE(qgenx_bound(&book, &job.layout, int(job.encoding.inline_codebook), &bound, message) == QGENX_OK);
     Bytes out(bound);
+    Segments segments(job.sizes, vector);
+    qgenx_report asked = report ? report->ask() : qgenx_report{};
     memory::Watch watch;
-    REQUIRE(qgenx_encode(&book, &job, vector.data(), out.data(), bound, &size, nullptr, threads, path, message) ==
-            QGENX_OK);
-    memory::check(0, threads);
+    REQUIRE(qgenx_encode(&book, &job.layout, &job.encoding, segments.pointers.data(), out.data(), bound, &size, &asked,
+                         threads, path, message) == QGENX_OK);
+    memory::check(0, threads, report ? 16 * int64_t(job.buckets()) : 0);
     REQUIRE(size <= bound);
     return Bytes(out.begin(), out.begin() + long(size));
 }

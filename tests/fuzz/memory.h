@@ -26,9 +26,9 @@ struct Watch {
     ~Watch() { watching = false; }
 };
 
-/* What qgenx.h promises: a scratch for each thread, and a little for each payload and the caller's codebook. */
-inline void check(int64_t payloads, int64_t threads) {
-    int64_t bound = threads * 1100000 + (payloads + 1) * 100000;
+/* What qgenx.h promises: a scratch for each thread, a little for each payload and the caller's codebook, and `more`. */
+inline void check(int64_t payloads, int64_t threads, int64_t more = 0) {
+    int64_t bound = threads * 1100000 + (payloads + 1) * 100000 + more;
     if (most <= bound) return;
     fprintf(stderr, "the core held %lld bytes, more than %lld\n", (long long)most, (long long)bound);
     abort();

@@ -24,39 +24,61 @@ std::vector<float> make_vector(size_t numel, Kind kind) {
     return vector;
 }
 
-/* What a receiver has to get, by the symbols that qgenx_quantize draws. */
-std::vector<float> expected_of(const qgenx_codebook &book, const qgenx_job &job, const std::vector<float> &vector,
-                               qgenx_path path) {
-    char message[QGENX_MESSAGE];
-    uint64_t buckets = 0, coded = 0;
-    for (uint32_t segment = 0; segment < job.num_segments; segment++) {
-        if (job.sizes[segment] < job.min_numel) continue;
-        buckets += (job.sizes[segment] + job.bucket_size - 1) / job.bucket_size;
-        coded += job.sizes[segment];
+/* What a receiver has to get, and what encode has to tell beside, by the symbols that qgenx_quantize draws. */
+struct Expected {
+    std::vector<float> values;
+    Report report;
+
+    Expected(const qgenx_codebook &book, const Job &job, const std::vector<float> &vector, qgenx_path path)
+        : report(book, job) {
+        std::vector<float> norms(job.buckets());
+        std::vector<int8_t> symbols(vector.size() + 1);
+        Segments segments(job.sizes, vector);
+        char message[QGENX_MESSAGE];
+        REQUIRE(qgenx_quantize(&book, &job.layout, &job.encoding, segments.pointers.data(), norms.data(),
+                               symbols.data(), 1, path, message) == QGENX_OK);
+        report.counts.assign(book.num_levels + 1, 0);
+        report.squared_error = report.squared_norm = 0.0;
+        const float *norm = norms.data();
+        const int8_t *symbol = symbols.data();
+        for (size_t segment = 0; segment < job.sizes.size(); segment++)
+            add_segment(book, job, segments.values[segment], segment, norm, symbol);
     }
-    std::vector<float> norms(buckets), expected;
-    std::vector<int8_t> symbols(coded);
-    REQUIRE(qgenx_quantize(&book, &job, vector.data(), norms.data(), symbols.data(), 1, path, message) == QGENX_OK);
-    size_t bucket = 0, symbol = 0, position = 0;
-    for (uint32_t segment = 0; segment < job.num_segments; segment++) {
-        uint64_t size = job.sizes[segment];
-        bool finite = true;
-        for (size_t i = 0; i < size; i++) finite = finite && std::isfinite(vector[position + i]);
-        for (uint64_t i = 0; i < size; i++) {
-            if (size < job.min_numel) {
-                expected.push_back(finite ? vector[position + i] : NAN);
-                continue;
-            }
-            int drawn = symbols[symbol++];
-            REQUIRE(std::abs(drawn) <= int(book.num_levels));
-            float magnitude = book.levels[std::abs(drawn)] * norms[bucket + i / job.bucket_size];
-            expected.push_back(drawn < 0 ? -magnitude : magnitude);
+
+    void add_segment(const qgenx_codebook &book, const Job &job, const std::vector<float> &segment, size_t number,
+                     const float *&norm, const int8_t *&symbol) {
+        bool raw = segment.size() < job.layout.min_numel, finite = true;
+        size_t first = values.size();
+        for (float value : segment) finite = finite && std::isfinite(value);
+        for (size_t i = 0; i < segment.size(); i++) {
+            if (!raw && i && i % job.layout.bucket_size == 0) norm++;
+            values.push_back(raw ? (finite ? segment[i] : NAN) : value_of(book, *norm, *symbol));
+            if (!raw) report.counts[size_t(std::abs(*symbol++))]++;
         }
-        if (size >= job.min_numel) bucket += (size + job.bucket_size - 1) / job.bucket_size;
-        position += size;
+        if (!raw && !segment.empty()) norm++;
+        report.spoiled[number] = !segment.empty() && std::isnan(values[first]);
+        for (size_t i = 0; i < segment.size() && !report.spoiled[number]; i++) {
+            double error = double(values[first + i]) - double(segment[i]);
+            report.squared_error += error * error;
+            report.squared_norm += double(segment[i]) * double(segment[i]);
+        }
     }
-    return expected;
-}
+
+    static float value_of(const qgenx_codebook &book, float norm, int symbol) {
+        REQUIRE(std::abs(symbol) <= int(book.num_levels));
+        float magnitude = book.levels[std::abs(symbol)] * norm;
+        return symbol < 0 ? -magnitude : magnitude;
+    }
+
+    /* Differences are rounded to float32 by the core, so that squares may be off by 2^-23 of themselves, and each of n
+     * sums in float64 by 2^-53. */
+    void check(const Report &found) const {
+        REQUIRE(found.counts == report.counts && found.spoiled == report.spoiled);
+        double slack = 0x1p-53 * double(values.size());
+        REQUIRE(std::fabs(found.squared_error - report.squared_error) <= (0x1p-23 + slack) * report.squared_error);
+        REQUIRE(std::fabs(found.squared_norm - report.squared_norm) <= slack * report.squared_norm);
+    }
+};
 
 void check_values(const std::vector<float> &decoded, const std::vector<float> &expected) {
     REQUIRE(decoded.size() == expected.size());
@@ -64,41 +86,64 @@ void check_values(const std::vector<float> &decoded, const std::vector<float> &e
         REQUIRE(decoded[i] == expected[i] || (std::isnan(decoded[i]) && std::isnan(expected[i])));
 }
 
-std::vector<float> decode(const qgenx_codebook &book, const Bytes &payload, size_t numel, int threads,
-                          qgenx_path path) {
+int decode_mean(const qgenx_codebook &book, const std::vector<Bytes> &payloads, Segments &segments, const Job &job,
+                const int32_t *sections, Bytes &broken, int threads, qgenx_path path) {
+    std::vector<const uint8_t *> pointers;
+    std::vector<uint64_t> sizes;
+    for (const Bytes &payload : payloads) {
+        pointers.push_back(payload.data());
+        sizes.push_back(payload.size());
+    }
+    qgenx_target target = {job.sizes.data(), segments.pointers.data(), sections, uint32_t(job.sizes.size())};
     char message[QGENX_MESSAGE];
-    uint64_t found = 0, size = payload.size();
-    const uint8_t *at = payload.data();
-    int status = qgenx_parse(at, size, int64_t(numel), &found, path, message);
-    if (status) fprintf(stderr, "%s\n", message);
-    REQUIRE(status == QGENX_OK && found == numel);
-    std::vector<float> out(numel, 7.0f);
-    memory::Watch watch;
-    REQUIRE(qgenx_decode_mean(&book, &at, &size, 1, out.data(), numel, threads, path, message) == QGENX_OK);
-    memory::check(1, threads);
-    if (threads == 1 && memory::most > most) most = memory::most;
-    return out;
+    return qgenx_decode_mean(&book, pointers.data(), sizes.data(), uint32_t(payloads.size()), &target, 1.0f, 1.0f,
+                             broken.data(), threads, path, message);
 }
 
-void round_trip(const qgenx_codebook &book, const qgenx_job &job, const std::vector<float> &vector, int threads) {
+std::vector<float> decode(const qgenx_codebook &book, const Bytes &payload, const Job &job, const Bytes &spoiled,
+                          int threads, qgenx_path path) {
+    char message[QGENX_MESSAGE];
+    Segments segments(job.sizes, 7.0f);
+    uint64_t found = 0, numel = segments.joined().size();
+    int status = qgenx_parse(payload.data(), payload.size(), int64_t(numel), &found, path, message);
+    if (status) fprintf(stderr, "%s\n", message);
+    REQUIRE(status == QGENX_OK && found == numel);
+    std::vector<Bytes> payloads(1, payload);
+    Bytes broken(job.sizes.size(), 7);
+    memory::Watch watch;
+    REQUIRE(decode_mean(book, payloads, segments, job, nullptr, broken, threads, path) == QGENX_OK);
+    memory::check(1, threads);
+    if (threads == 1 && memory::most > most) most = memory::most;
+    REQUIRE(broken == spoiled);
+    return segments.joined();
+}
+
+void round_trip(const qgenx_codebook &book, const Job &job, const std::vector<float> &vector, int threads) {
     qgenx_path best = qgenx_best_path();
     Bytes payload = encode(book, job, vector, threads, QGENX_PORTABLE);
     REQUIRE(payload == encode(book, job, vector, threads, best));
-    std::vector<float> expected = expected_of(book, job, vector, QGENX_PORTABLE);
-    check_values(expected_of(book, job, vector, best), expected);
+    Expected expected(book, job, vector, QGENX_PORTABLE);
+    check_values(Expected(book, job, vector, best).values, expected.values);
+    Report one(book, job), two(book, job), three(book, job);
+    REQUIRE(payload == encode(book, job, vector, threads, QGENX_PORTABLE, &one));
+    REQUIRE(payload == encode(book, job, vector, threads, best, &two));
+    REQUIRE(payload == encode(book, job, vector, 1, best, &three));
+    expected.check(one);
+    REQUIRE(one == two && one == three);
     for (qgenx_path path : {QGENX_PORTABLE, best})
-        check_values(decode(book, payload, vector.size(), threads, path), expected);
+        check_values(decode(book, payload, job, one.spoiled, threads, path), expected.values);
 }
 
-void statistics(const qgenx_job &job, const std::vector<float> &vector, int threads, qgenx_form form) {
+void statistics(const Job &job, const std::vector<float> &vector, int threads, qgenx_form form) {
     char message[QGENX_MESSAGE];
+    Segments segments(job.sizes, vector);
     std::vector<int64_t> found[2];
     for (qgenx_path path : {QGENX_PORTABLE, qgenx_best_path()}) {
         std::vector<int64_t> &bins = found[path];
         bins.assign(2 * QGENX_NUM_BINS + 1, -1);
         int32_t exponent = 0;
-        REQUIRE(qgenx_statistics(&job, vector.data(), form, &exponent, -1000, bins.data(), bins.data() + QGENX_NUM_BINS,
-                                 threads, path, message) == QGENX_OK);
+        REQUIRE(qgenx_statistics(&job.layout, qgenx_norm(job.encoding.norm), segments.pointers.data(), form, &exponent,
+                                 -1000, bins.data(), bins.data() + QGENX_NUM_BINS, threads, path, message) == QGENX_OK);
         bins.back() = exponent;
     }
     REQUIRE(qgenx_best_path() == QGENX_PORTABLE || found[0] == found[1]);
@@ -118,52 +163,71 @@ std::vector<qgenx_codebook> make_books() {
 }
 
 /* Every allocation fails in its turn: a status, no crash and no leak. */
-void starve(const qgenx_codebook &book, const qgenx_job &job, const std::vector<float> &vector, int threads) {
+template <class Call>
+void starve(Call call) {
+    for (int64_t allocation = 0, failed = 1; failed; allocation++) {
+        memory::Watch watch(allocation);
+        int status = call();
+        failed = memory::left < 0;
+        REQUIRE(failed || status == QGENX_OK);
+        REQUIRE(status == QGENX_OK || status == QGENX_NO_MEMORY);
+    }
+}
+
+void starve_all(const qgenx_codebook &book, const Job &job, const std::vector<float> &vector, int threads) {
     char message[QGENX_MESSAGE];
     Bytes payload = encode(book, job, vector, threads, QGENX_PORTABLE),
-          room(2 * payload.size() + 4 * vector.size() + 4096);
-    std::vector<float> out(vector.size());
+          room(2 * payload.size() + 4 * vector.size() + 4096), broken(job.sizes.size());
+    Segments segments(job.sizes, vector);
+    Report report(book, job);
+    qgenx_report asked = report.ask();
     const uint8_t *at = payload.data();
     uint64_t size = payload.size(), written = 0;
-    for (int64_t allocation = 0, failed = 1; failed; allocation++) {
-        memory::Watch watch(allocation);
-        int one = qgenx_encode(&book, &job, vector.data(), room.data(), room.size(), &written, nullptr, threads,
-                               qgenx_best_path(), message);
-        failed = memory::left < 0;
-        REQUIRE(failed || one == QGENX_OK);
-        REQUIRE(one == QGENX_OK || one == QGENX_NO_MEMORY);
-    }
-    for (int64_t allocation = 0, failed = 1; failed; allocation++) {
-        memory::Watch watch(allocation);
-        int two = qgenx_decode_mean(&book, &at, &size, 1, out.data(), out.size(), threads, qgenx_best_path(), message);
-        failed = memory::left < 0;
-        REQUIRE(failed || two == QGENX_OK);
-        REQUIRE(two == QGENX_OK || two == QGENX_NO_MEMORY);
-    }
+    starve([&] {
+        return qgenx_encode(&book, &job.layout, &job.encoding, segments.pointers.data(), room.data(), room.size(),
+                            &written, &asked, threads, qgenx_best_path(), message);
+    });
+    qgenx_target target = {job.sizes.data(), segments.pointers.data(), nullptr, uint32_t(job.sizes.size())};
+    starve([&] {
+        return qgenx_decode_mean(&book, &at, &size, 1, &target, 1.0f, 1.0f, broken.data(), threads, qgenx_best_path(),
+                                 message);
+    });
 }
 
 /* Several threads on one payload: all, and with a bucket's code damaged. */
 void in_threads(const qgenx_codebook &book) {
-    const std::vector<uint64_t> sizes = {200000, 2, 70001};
     std::vector<float> vector = make_vector(270003, NORMAL);
-    qgenx_job job = make_job(sizes, 1000, QGENX_LINF, 3, true);
+    Job job({200000, 2, 70001}, 1000, QGENX_LINF, 3, true);
     round_trip(book, job, vector, 3);
     for (qgenx_form form : {QGENX_HISTOGRAM, QGENX_MOMENTS}) statistics(job, vector, 3, form);
     double error = 0, norm = 0;
     qgenx_squared_error(vector.data(), vector.data(), vector.size(), &error, &norm, 3);
     REQUIRE(error == 0 && norm > 0);
-    starve(book, job, vector, 2);
+    starve_all(book, job, vector, 2);
     Bytes payload = encode(book, job, vector, 3, qgenx_best_path());
     REQUIRE(payload == encode(book, job, vector, 1, qgenx_best_path()));
+    /* two payloads, of which one lacks a segment and one has them in another order, give the same by any threads */
+    Job other({70001, 200000}, 1000, QGENX_LINF, 3, false);
+    std::vector<Bytes> payloads = {payload, encode(book, other, make_vector(270001, SPARSE), 1, QGENX_PORTABLE)};
+    const int32_t sections[] = {0, -1, 2, 1, -1, 0};
+    std::vector<float> means[3];
+    for (int threads : {1, 2, 3}) {
+        Segments segments(job.sizes, 7.0f);
+        Bytes broken(3, 7);
+        REQUIRE(decode_mean(book, payloads, segments, job, sections, broken, threads, qgenx_best_path()) == QGENX_OK);
+        REQUIRE(broken == Bytes(3, 0) && segments.values[1] == std::vector<float>(2, 7.0f));
+        means[threads - 1] = segments.joined();
+    }
+    REQUIRE(means[0] == means[1] && means[0] == means[2]);
     for (size_t at = payload.size() / 2; at < payload.size() / 2 + 3000; at++) payload[at] ^= 0xA5;
     sign(payload);
-    char message[QGENX_MESSAGE];
-    const uint8_t *data = payload.data();
-    uint64_t size = payload.size();
     int status[2];
-    for (int path : {0, 1})
-        status[path] = qgenx_decode_mean(&book, &data, &size, 1, vector.data(), vector.size(), 3,
-                                         path ? qgenx_best_path() : QGENX_PORTABLE, message);
+    for (int path : {0, 1}) {
+        Segments segments(job.sizes, 7.0f);
+        Bytes broken(3, 7);
+        status[path] =
+            decode_mean(book, {payload}, segments, job, nullptr, broken, 3, path ? qgenx_best_path() : QGENX_PORTABLE);
+    }
     REQUIRE(status[0] == status[1]);
 }
 
@@ -172,8 +236,7 @@ void in_threads(const qgenx_codebook &book) {
 int main() {
     unsigned trips = 0;
     auto trip = [&](const qgenx_codebook &book, uint32_t bucket_size, size_t numel) {
-        const std::vector<uint64_t> sizes = {numel / 3, 0, numel - numel / 3};
-        qgenx_job job = make_job(sizes, bucket_size, trips / KINDS % 2, numel % 2 ? 5 : 0, trips % 3 != 0);
+        Job job({numel / 3, 0, numel - numel / 3}, bucket_size, trips / KINDS % 2, numel % 2 ? 5 : 0, trips % 3 != 0);
         std::vector<float> vector = make_vector(numel, Kind(trips % KINDS));
         round_trip(book, job, vector, 1);
         for (qgenx_form form : {QGENX_HISTOGRAM, QGENX_MOMENTS}) statistics(job, vector, 1, form);

@@ -63,15 +63,12 @@ class Specification(Backend):
         return Drawn(len(payload), counts, *self.squared_error(vector, decoded), spoiled)
 
     def decode_mean(self, codebook, payloads, targets, sections=None, factor=1.0):
-        sizes = [len(target) for target in targets]
-        expected = sum(sizes) if sections is None else None
-        decoded = [_decode(codebook, payload, expected) for payload in payloads]
+        parts = [_decode(codebook, payload) for payload in payloads]
         if sections is None:
-            parts = [vector.split(sizes) for vector, _ in decoded]
+            for own in parts:
+                expect(len(own) == len(targets), f"num_segments is {len(own)}, expected {len(targets)}")
             sections = [range(len(targets))] * len(payloads)
-        else:
-            parts = [vector.split(list(layout.sizes)) for vector, layout in decoded]
-            _check_sections(parts, sizes, sections)
+        _check_sections(parts, [target.numel() for target in targets], sections)
         found = [
             [own[places[index]] for own, places in zip(parts, sections, strict=True) if places[index] >= 0]
             for index in range(len(targets))
@@ -92,12 +89,13 @@ class Specification(Backend):
         return float(error.square().sum()), float(finite.square().sum())
 
 
-def _decode(codebook: Codebook, payload: Tensor, numel: int | None) -> tuple[Tensor, Layout]:
-    """The vector of one payload, and how it is cut."""
-    parsed = parse(payload, numel)
+def _decode(codebook: Codebook, payload: Tensor) -> tuple[Tensor, ...]:
+    """Every section of one payload."""
+    parsed = parse(payload)
     layout, own = parsed.header.layout, _codebook_of(parsed, codebook)
     symbols = symbols_of(parsed, own.code, Buckets.cut(layout))
-    return received(layout, Quantized(symbols, parsed.norms, parsed.raw), own.levels), layout
+    vector = received(layout, Quantized(symbols, parsed.norms, parsed.raw), own.levels)
+    return vector.split(list(layout.sizes))
 
 
 def _codebook_of(parsed: Parsed, ours: Codebook) -> Codebook:
@@ -109,25 +107,27 @@ def _codebook_of(parsed: Parsed, ours: Codebook) -> Codebook:
 
 def _check_sections(parts: Sequence[Sequence[Tensor]], sizes: Sequence[int], sections: Sequence[Sequence[int]]) -> None:
     """A section is the target's size, or empty."""
-    for own, places in zip(parts, sections, strict=True):
+    for rank, (own, places) in enumerate(zip(parts, sections, strict=True)):
         for place, size in zip(places, sizes, strict=True):
-            expect(place < len(own), f"sizes are {len(own)}, section {place} is asked for")
+            expect(place < len(own), f"num_segments is {len(own)}, but section {place} is wanted")
             found = len(own[place]) if place >= 0 else 0
-            expect(found in (0, size), f"sizes: section {place} has {found} coordinates, expected {size}")
+            told = f"sizes: section {place} of payload {rank} has {found} coordinates, expected {size}"
+            expect(found in (0, size), told)
 
 
 def _mean_into(target: Tensor, parts: Sequence[Tensor], count: int, factor: float) -> bool:
-    """Float32 sums in order, divided by ``count``, times ``factor``; whether the result holds NaN."""
+    """Float32 sums in order, divided by ``count``, times ``factor``; whether the result is not finite."""
     present = [part for part in parts if len(part)]
     if not present:
         return False
-    target.copy_(present[0])
+    flat = target.view(-1)
+    target = flat.copy_(present[0])
     for part in present[1:]:
         target.add_(part)
     target.div_(count)
     if factor != 1.0:
         target.mul_(factor)
-    return bool(target.isnan().any())
+    return not bool(target.isfinite().all())
 
 
 def _joined(segments: Sequence[Tensor]) -> Tensor:
