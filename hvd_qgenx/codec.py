@@ -14,7 +14,7 @@ from hvd_qgenx.backends import Drawn, backend_of, home
 from hvd_qgenx.checks import check_choice, check_integer, check_integers, check_type
 from hvd_qgenx.codebook import CODERS, Codebook, make_code
 from hvd_qgenx.key import Key
-from hvd_qgenx.layout import MAX_BUCKET_SIZE, Layout
+from hvd_qgenx.layout import MAX_BUCKET_SIZE, Layout, layout_of
 from hvd_qgenx.levels import NORMS, Levels
 from hvd_qgenx.payload import Header, bound, check_payload, read_sizes
 
@@ -73,7 +73,7 @@ class Codec:
 
     def layout(self, sizes: Sequence[int]) -> Layout:
         """How segments of these sizes are cut."""
-        return Layout(tuple(sizes), self.min_numel, self.bucket_size)
+        return layout_of(tuple(sizes), self.min_numel, self.bucket_size)
 
     def bound(self, numel: int, sizes: Sequence[int] | None = None) -> int:
         """Bytes of the largest payload for ``numel`` coordinates, cut into segments of ``sizes``."""
@@ -139,7 +139,7 @@ class Codec:
         """Writes one payload of segments where they lie to the start of ``out``.
 
         Args:
-            segments: contiguous float32 vectors of ``layout.sizes`` coordinates.
+            segments: contiguous float32 tensors of ``layout.sizes`` coordinates.
             layout: of this codec's, see ``layout``.
             out: uint8[>= bound].
         """
@@ -210,6 +210,13 @@ def check_gradient(tensor: Tensor) -> Tensor:
         return tensor
     kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
     raise ValueError(f"gradient must be a dense float16, bfloat16, float32 or float64 tensor, got {kind}")
+
+
+def as_segment(gradient: Tensor) -> Tensor:
+    """A contiguous float32 tensor with the values of a floating-point one, where it can be coded; itself if it is."""
+    if gradient.dtype is torch.float32 and gradient.is_cpu and gradient.is_contiguous():
+        return gradient.detach() if gradient.requires_grad else gradient
+    return as_vector(gradient)
 
 
 def as_vector(gradient: Tensor) -> Tensor:

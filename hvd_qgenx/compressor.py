@@ -10,9 +10,12 @@ entry is rank + 1, whose mean is known: what is not linear (Adasum, Min, Max, Pr
 
 from __future__ import annotations
 
+import math
+import sys
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -62,11 +65,13 @@ class _Batch:
 
     def __init__(self, first: int):
         self.first = first
+        #: How many ranks there are, and which this is; asked for once a step, since Horovod takes 10 us to answer.
+        self.ranks: tuple[int, int] | None = None
         self.calls: list[weakref.ref[_Call]] = []
         self.arrived: Arrived | None = None
 
-    def add(self, tensor: Tensor) -> _Call:
-        call = _Call(self, len(self.calls), tensor)
+    def add(self, tensor: Tensor, is_gradient: bool) -> _Call:
+        call = _Call(self, len(self.calls), tensor, is_gradient)
         self.calls.append(weakref.ref(call))
         return call
 
@@ -74,17 +79,35 @@ class _Batch:
         """Of all calls, in their order; None for one that was given up."""
         return [None if (call := kept()) is None else call.tensor for kept in self.calls]
 
+    def targets(self) -> list[Tensor]:
+        """Where the mean of each call's tensor goes, contiguous float32."""
+        calls = [kept() for kept in self.calls]
+        return [torch.zeros(0, dtype=torch.float32, device="cpu") if call is None else call.target for call in calls]
+
 
 class _Call:
-    """What ``compress`` gives Horovod to hand to ``decompress``: a tensor, and its place among those of its step."""
+    """What ``compress`` gives Horovod to hand to ``decompress``: a tensor, and its place among those of its step.
 
-    def __init__(self, batch: _Batch, index: int, tensor: Tensor):
+    ``mean`` and the factor that it was decoded with are there once its step has been exchanged.
+    """
+
+    def __init__(self, batch: _Batch, index: int, tensor: Tensor, is_gradient: bool):
         self.batch, self.index, self.tensor = batch, index, tensor
+        can_take = tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+        self.is_own = is_gradient and can_take
+        self.broken = False
 
     @property
     def number(self) -> int:
         """1 to ``_CALLS``, counted through the life of the compressor."""
         return (self.batch.first + self.index) % _CALLS + 1
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The gradient itself, which Horovod overwrites with what it gets; else a new vector."""
+        if self.is_own:
+            return self.tensor
+        return torch.empty(self.tensor.numel(), dtype=torch.float32, device="cpu")
 
 
 class QGenXCompressor:
@@ -179,51 +202,76 @@ class QGenXCompressor:
         """Keeps ``tensor`` for the next exchange. Returns the token that Horovod reduces, and a context."""
         if check_gradient(tensor).requires_grad:
             raise ValueError("gradient must not require a gradient itself: rounding has none")
-        transport = self._exchange.transport
-        if not transport.included:
-            raise ValueError("process_set of Compression.qgenx(process_set=...) does not include this rank")
         with self._lock:
-            call = self._open.add(tensor)
-        token = torch.zeros(2 + transport.size, dtype=torch.float32, device="cpu")
-        token[0], token[1 + transport.rank], token[-1] = 1.0, call.number, transport.rank + 1
+            call = self._open.add(tensor, _is_called_by_optimizer())
+        size, rank = self._ranks(call.batch)
+        entries = [0.0] * (2 + size)
+        entries[0], entries[1 + rank], entries[-1] = 1.0, call.number, rank + 1
+        token = torch.tensor(entries, dtype=torch.float32, device="cpu")
         return self._communication.count(token), call
 
     def decompress(self, token: Tensor, ctx: _Call | None):
         """The mean over ranks of the tensor that ``ctx`` stands for, times the factor that Horovod applied."""
         if ctx is None:  # a sparse gradient, which Horovod sends by itself
             return token
-        batch, tensor = ctx.batch, ctx.tensor
-        # In float64, where a number times the ranks, over the factor, comes out within .5 of itself.
-        numbers = self._numbers(token.double(), ctx.number)
-        if batch.arrived is None:
-            batch.arrived = self._send(batch)
-        firsts = [envelope.first for envelope in batch.arrived.envelopes]
-        sections = [(number - 1 - first) % _CALLS for number, first in zip(numbers, firsts, strict=True)]
-        mean, broken = batch.arrived.mean_of(sections, float(token[0]))
-        self._exchange.report_broken([broken], [self._name(ctx)])
+        sections, factor = self._sections(ctx, token)
+        tensor, mean = ctx.tensor, self._mean(ctx, sections, factor)
+        if ctx.broken:
+            self._exchange.report_broken([True], [self._name(ctx)])
+        if mean is tensor:
+            return tensor
         return mean.view(tensor.shape).to(device=tensor.device, dtype=tensor.dtype)
 
-    def _numbers(self, token: Tensor, own: int) -> list[int]:
+    def _sections(self, call: _Call, token: Tensor) -> tuple[list[int], float]:
+        """Where each rank put this tensor, and the factor that Horovod applied; sends the step if it is the first."""
+        entries = token.tolist()
+        numbers = self._numbers(entries, call)
+        if call.batch.arrived is None:
+            call.batch.arrived = self._send(call.batch, entries[0])
+        firsts = [envelope.first for envelope in call.batch.arrived.envelopes]
+        return [(number - 1 - first) % _CALLS for number, first in zip(numbers, firsts, strict=True)], entries[0]
+
+    def _mean(self, call: _Call, sections: list[int], factor: float) -> Tensor:
+        arrived = call.batch.arrived
+        assert arrived is not None
+        if not arrived.decoded_as(call.index, sections, factor):
+            call.broken = arrived.mean_of(sections, call.target, factor)
+        return call.target
+
+    def _ranks(self, batch: _Batch) -> tuple[int, int]:
+        if batch.ranks is None:
+            transport = self._exchange.transport
+            if not transport.included:
+                raise ValueError("process_set of Compression.qgenx(process_set=...) does not include this rank")
+            batch.ranks = transport.size, transport.rank
+        return batch.ranks
+
+    def _numbers(self, token: list[float], call: _Call) -> list[int]:
         """For every rank, the number under which it kept the tensor that this token belongs to."""
-        size, rank = self._exchange.transport.size, self._exchange.transport.rank
-        if token.shape == (2 + size,) and float(token[0]) != 0.0:
-            scaled = (token[1:] * size / token[0]).nan_to_num(-1.0)
-            is_linear = abs(float(scaled[-1]) - size * (size + 1) / 2) < 1e-3
-            if is_linear and round(float(scaled[rank])) == own:
-                return [round(number) for number in scaled[:-1].tolist()]
+        size, rank = self._ranks(call.batch)
+        if len(token) == 2 + size and token[0] != 0.0 and all(map(math.isfinite, token)):
+            scaled = [entry * size / token[0] for entry in token[1:]]
+            if abs(scaled[-1] - size * (size + 1) / 2) < 1e-3 and round(scaled[rank]) == call.number:
+                return [round(number) for number in scaled[:-1]]
         raise ValueError(
             "op must be hvd.Average or hvd.Sum for Compression.qgenx, in an allreduce over its process_set "
             "with the same compression on all ranks: Horovod changed the token as none of these would"
         )
 
-    def _send(self, batch: _Batch) -> Arrived:
+    def _send(self, batch: _Batch, factor: float) -> Arrived:
+        """Exchanges all tensors of a step, and decodes them as if all ranks had called in the same order."""
         with self._lock:
             self._open = _Batch((batch.first + len(batch.calls)) % _CALLS)
         exchange = self._exchange
         fused = exchange.fuse(batch.tensors())
         exchange.settle()
         exchange.adapt_if_due(fused)
-        return exchange.start_allgather(fused, "step", first=batch.first).arrived
+        arrived = exchange.start_allgather(fused, "step", first=batch.first).arrived
+        broken = arrived.decode_in_order(batch.targets(), factor)
+        for kept, is_broken in zip(batch.calls, broken, strict=False):
+            if (call := kept()) is not None:
+                call.broken = is_broken
+        return arrived
 
     def _name(self, call: _Call) -> str:
         for name, parameter in self._named:
@@ -250,6 +298,16 @@ def check_horovod() -> None:
             "exchanging gradients needs Horovod with PyTorch: pip install --no-build-isolation horovod "
             "(see hvd_qgenx's README for a build that works with today's torch)"
         ) from error
+
+
+def _is_called_by_optimizer() -> bool:
+    """Whether ``compress`` was called for a gradient of Horovod's optimizer.
+
+    Horovod gives a gradient the memory of what ``decompress`` returns, so it may take the mean itself: nothing is
+    copied, and views of it see the mean. What ``hvd.allreduce`` is given must stay as it is, and no argument tells
+    the two apart.
+    """
+    return sys._getframe(2).f_globals.get("__name__") == "horovod.torch.optimizer"
 
 
 class Compression:

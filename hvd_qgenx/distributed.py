@@ -260,7 +260,7 @@ class DistributedOptimizer(_Materialising):
         self._exchange.settle()
         self._exchange.adapt_if_due(fused, starts)
         submitted = self._exchange.submit(fused, stage, term, self._keeps(stage))
-        collected = self._exchange.collect(submitted, [self._names[p] for p in parameters])
+        collected = self._exchange.collect(submitted, self._ordered_names)
         for p, mean in zip(parameters, collected.means, strict=True):
             _assign(p, mean)
         if ends_difference:
@@ -300,6 +300,7 @@ class DistributedOptimizer(_Materialising):
         kind = f"optimizer={type(self.optimizer).__name__}, op={self._exchange.op}"
         lines = [f"{self._names[p]} of shape {tuple(p.shape)} and type {p.dtype}" for p in parameters]
         sizes = [p.numel() for p in parameters]
+        self._ordered_names = [self._names[p] for p in parameters]
         self._exchange.describe([kind, *lines], [p.dtype for p in parameters], sizes)
 
 
@@ -359,8 +360,8 @@ def _names(optimizer: torch.optim.Optimizer, named_parameters: Iterable | None) 
 def _assign(p: Tensor, mean: Tensor | None) -> None:
     if mean is None:
         return
-    if p.grad is not None and not p.grad.is_sparse and p.grad.data_ptr() == mean.data_ptr() and len(mean):
-        return  # the mean was decoded into the gradient itself
+    if mean is p.grad:
+        return  # it was decoded into the gradient itself
     value = mean.view(p.shape).to(device=p.device, dtype=p.dtype)
     if p.grad is None or p.grad.is_sparse:
         p.grad = value.clone()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -83,18 +83,20 @@ class Layout:
 
     def of(self, sizes: Sequence[int]) -> Layout:
         """The same rule of cutting, for other segments."""
-        return replace(self, sizes=tuple(sizes))
+        return layout_of(tuple(sizes), self.min_numel, self.bucket_size)
 
-    def parts(self, num_bytes: int) -> list[Part]:
+    @lru_cache(maxsize=16)  # noqa: B019 - an exchange cuts the same few layouts for ever
+    def parts(self, num_bytes: int) -> tuple[Part, ...]:
         """Parts of about ``num_bytes`` bytes of float32 each, in the vector's order; at least one.
 
         Segments stay whole where they fit; larger ones are cut at buckets. No piece of a segment is so small that it
         would travel as float32 where the segment does not.
         """
         most = max(check_integer("num_bytes", num_bytes, 1) // _BYTES, 1)
-        return self._gather(self._pieces(most), most)
+        return tuple(self._gather(self._pieces(most), most))
 
-    def shards(self, ranks: int) -> list[Part]:
+    @lru_cache(maxsize=16)  # noqa: B019
+    def shards(self, ranks: int) -> tuple[Part, ...]:
         """One part for each of ``ranks`` owners, in the vector's order, as even as whole buckets allow; some may be
         empty."""
         check_integer("ranks", ranks, 1)
@@ -104,7 +106,7 @@ class Layout:
             middle = before + (piece.stop - piece.start) / 2
             shards[min(int(middle * ranks / max(self.numel, 1)), ranks - 1)].append(piece)
             before += piece.stop - piece.start
-        return [self._part(_joined(pieces)) for pieces in shards]
+        return tuple(self._part(_joined(pieces)) for pieces in shards)
 
     @property
     def _unit(self) -> int:
@@ -137,6 +139,12 @@ class Layout:
         return Part(tuple(slices), self.of([piece.stop - piece.start for piece in slices]))
 
 
+@lru_cache(maxsize=64)
+def layout_of(sizes: tuple[int, ...], min_numel: int, bucket_size: int) -> Layout:
+    """A layout, kept: an exchange asks for the same few, and checking hundreds of sizes takes long."""
+    return Layout(sizes, min_numel, bucket_size)
+
+
 def _joined(pieces: Sequence[Slice]) -> list[Slice]:
     """Neighbouring pieces of one segment as one."""
     joined: list[Slice] = []
@@ -155,5 +163,10 @@ class Part:
     layout: Layout
 
     def cut(self, segments: Sequence[Tensor]) -> list[Tensor]:
-        """Views of the flat segments, one for each slice; of an empty segment an empty one."""
-        return [segments[piece.segment][piece.start : piece.stop] for piece in self.slices]
+        """Views of contiguous segments, one for each slice; of a whole segment itself, of an empty one an empty one."""
+        return [_slice(segments[piece.segment], piece) for piece in self.slices]
+
+
+def _slice(segment: Tensor, piece: Slice) -> Tensor:
+    whole = piece.start == 0 and piece.stop >= segment.numel()
+    return segment if whole else segment.view(-1)[piece.start : piece.stop]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -64,6 +65,7 @@ def inline_bytes(levels: Levels) -> int:
     return 6 * levels.num_levels + 1
 
 
+@lru_cache(maxsize=64)
 def bound(layout: Layout, codebook: Codebook, inline: bool) -> int:
     """Bytes of the largest payload."""
     coded = sum(
@@ -92,6 +94,15 @@ def read_sizes(data: memoryview) -> tuple[int, ...]:
     fields = read_fields(data)
     start = FIXED.size + (6 * fields["num_levels"] + 1 if fields["flags"] & INLINE else 0)
     return tuple(np.frombuffer(data, "<u8", fields["num_segments"], start).tolist())
+
+
+def peek(payload: Tensor) -> tuple[tuple[int, ...], int]:
+    """The sizes and the codebook's hash of a payload as it says them; for decisions that ``decode_mean`` checks."""
+    data = memoryview(payload.numpy().data)
+    try:
+        return read_sizes(data), read_fields(data)["codebook_hash"]
+    except (ValueError, struct.error):
+        raise PayloadError(f"payload: size is {len(data)} bytes, less than its header and sizes need") from None
 
 
 def read_header(data: memoryview) -> Header:

@@ -13,7 +13,7 @@ from hvd_qgenx.backends import Drawn
 from hvd_qgenx.codec import Codec
 from hvd_qgenx.exchange.message import ENVELOPE_BYTES, DisagreementError, Envelope, Messenger, seal
 from hvd_qgenx.exchange.plan import Codecs, Flight, Outgoing, Plan
-from hvd_qgenx.payload import bound
+from hvd_qgenx.payload import bound, peek
 from hvd_qgenx.transports import Pending
 
 
@@ -64,16 +64,21 @@ class Arrived:
 
     def __init__(self, codec: Codec, envelopes: list[Envelope], payloads: list[Tensor]):
         self.codec, self.envelopes, self.payloads = codec, envelopes, payloads
-        self._means: tuple[float, list[Tensor], tuple[bool, ...]] | None = None
-        headers = [codec.parse(payload) for payload in payloads]
-        self.sizes = [header.layout.sizes for header in headers]
-        for rank, header in enumerate(headers):
-            if header.codebook_hash != headers[0].codebook_hash:
+        self._decoded_factor: float | None = None
+        peeked = [peek(payload) for payload in payloads]
+        self.sizes = [sizes for sizes, _ in peeked]
+        for rank, (_, book) in enumerate(peeked):
+            if book != peeked[0][1]:
+                self._blame_payloads()
                 raise DisagreementError(
-                    f"ranks disagree: rank 0 coded with codebook {headers[0].codebook_hash:016x}, rank {rank} with "
-                    f"codebook {header.codebook_hash:016x}; one of them has a stale state: load the same one on all "
-                    "ranks"
+                    f"ranks disagree: rank 0 coded with codebook {peeked[0][1]:016x}, rank {rank} with codebook "
+                    f"{book:016x}; one of them has a stale state: load the same one on all ranks"
                 )
+
+    def _blame_payloads(self) -> None:
+        """Raises PayloadError if what looks like a disagreement is a damaged payload."""
+        for payload in self.payloads:
+            self.codec.parse(payload)
 
     @property
     def terms(self) -> list[float]:
@@ -86,38 +91,46 @@ class Arrived:
         Raises:
             DisagreementError: if two ranks have a section of different sizes, or different numbers of sections.
         """
+        if all(sizes == self.sizes[0] for sizes in self.sizes):
+            return self.sizes[0]
         counts = {len(sizes) for sizes in self.sizes}
-        if len(counts) > 1:
-            raise DisagreementError(f"ranks disagree on the number of tensors: {sorted(counts)}")
-        found = [{size for size in sizes if size} for sizes in zip(*self.sizes, strict=True)]
-        if any(len(sizes) > 1 for sizes in found):
-            raise DisagreementError("ranks disagree on the coordinates of a tensor")
+        found = [{size for size in sizes if size} for sizes in zip(*self.sizes, strict=False)]
+        if len(counts) > 1 or any(len(sizes) > 1 for sizes in found):
+            self._blame_payloads()
+            raise DisagreementError(f"ranks disagree on tensors: {sorted(counts)} of {list(map(sorted, found))[:8]}")
         return tuple(next(iter(sizes), 0) for sizes in found)
 
     def mean_into(self, targets: Sequence[Tensor], factor: float = 1.0) -> tuple[bool, ...]:
         """Overwrites one target for each section; says which are NaN throughout."""
         return self.codec.decode_sections(self.payloads, targets, None, factor)
 
-    def mean_of(self, sections: Sequence[int], factor: float = 1.0) -> tuple[Tensor, bool]:
-        """The mean of section ``sections[rank]`` of every rank, and whether it is NaN throughout."""
+    def decode_in_order(self, targets: Sequence[Tensor], factor: float) -> tuple[bool, ...]:
+        """Overwrites one target for each section, if all ranks have the same ones; says which are NaN.
+
+        Whether section i of every rank is the same tensor is for the caller to find out, see ``decoded_as``.
+        """
+        if any(sizes != self.sizes[0] for sizes in self.sizes):
+            return ()
+        self._decoded_factor = factor
+        return spoil(targets, self.mean_into(targets, factor))
+
+    def decoded_as(self, section: int, sections: Sequence[int], factor: float) -> bool:
+        """Whether ``decode_in_order`` has put the mean of these sections times this factor into that target."""
+        return self._decoded_factor == factor and all(other == section for other in sections)
+
+    def mean_of(self, sections: Sequence[int], target: Tensor, factor: float) -> bool:
+        """Overwrites the target with the mean of section ``sections[rank]`` of every rank; says whether it is NaN."""
         found = [sizes[section : section + 1] for sizes, section in zip(self.sizes, sections, strict=True)]
         if any(size != found[0] or not size for size in found):
             seen = ", ".join(f"rank {rank} has {size[0] if size else 'none'}" for rank, size in enumerate(found))
             raise DisagreementError(f"ranks disagree on the coordinates of one tensor: {seen}")
-        if len(set(sections)) == 1 and all(sizes == self.sizes[0] for sizes in self.sizes):
-            targets, broken = self._all_means(factor)
-            return targets[sections[0]], broken[sections[0]]
-        target = torch.empty(found[0][0], dtype=torch.float32, device="cpu")
-        (is_broken,) = self.codec.decode_sections(self.payloads, [target], [[section] for section in sections], factor)
-        return target.fill_(torch.nan) if is_broken else target, is_broken
+        places = [[section] for section in sections]
+        return spoil([target], self.codec.decode_sections(self.payloads, [target], places, factor))[0]
 
-    def _all_means(self, factor: float) -> tuple[list[Tensor], tuple[bool, ...]]:
-        """Of all sections, where they are the same on all ranks; decoded at once, when first asked for."""
-        if self._means is None or self._means[0] != factor:
-            targets = [torch.empty(size, dtype=torch.float32, device="cpu") for size in self.sizes[0]]
-            broken = self.mean_into(targets, factor)
-            for target, is_broken in zip(targets, broken, strict=True):
-                if is_broken:
-                    target.fill_(torch.nan)
-            self._means = (factor, targets, broken)
-        return self._means[1:]
+
+def spoil(targets: Sequence[Tensor], broken: tuple[bool, ...]) -> tuple[bool, ...]:
+    """A tensor of which any coordinate is not finite is NaN throughout."""
+    for target, is_broken in zip(targets, broken, strict=True):
+        if is_broken:
+            target.fill_(torch.nan)
+    return broken

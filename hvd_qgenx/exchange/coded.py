@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx.adaptation import Settings, Statistics, fit
-from hvd_qgenx.codec import Codec, as_vector
+from hvd_qgenx.codec import Codec, as_segment
 from hvd_qgenx.communication import Communication
-from hvd_qgenx.exchange.allgather import Allgather, AllgatherFlight
+from hvd_qgenx.exchange.allgather import Allgather, AllgatherFlight, spoil
 from hvd_qgenx.exchange.exchange import Collected, Exchange, Fused, Term, fuse
 from hvd_qgenx.exchange.plan import Buffers, Codecs, Flight, Outgoing, Plan
 from hvd_qgenx.exchange.two_phase import TwoPhase, fine_bits
@@ -29,7 +29,7 @@ class Submitted:
     """A rank's vectors under way, in parts; ``keep`` is the flight that all ranks' own vectors are kept from."""
 
     fused: Fused
-    parts: list[Part]
+    parts: Sequence[Part]
     flights: Sequence[Flight]
     keep: AllgatherFlight | None = None
 
@@ -70,7 +70,7 @@ class CodedExchange(Exchange):
         return self.settings.describe()
 
     def fuse(self, tensors: Sequence[Tensor | None]) -> Fused:
-        return fuse(tensors, as_vector)
+        return fuse(tensors, as_segment)
 
     # ---- levels ------------------------------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ class CodedExchange(Exchange):
 
     def _adapt_mean(self, means: Sequence[Tensor]) -> None:
         """Fits the second codec to a mean that all ranks hold to the bit: nothing needs to be sent."""
-        layout, settings = self.mean_codec.layout(list(map(len, means))), self.mean_settings
+        layout, settings = self.mean_codec.layout(list(map(Tensor.numel, means))), self.mean_settings
         statistics = Statistics.measure(self.mean_codec, means, layout, settings.statistics)
         if fitted := fit(statistics, settings.bits, settings.rate_weight):
             self.mean_codec = settings.codec(*fitted)
@@ -124,7 +124,7 @@ class CodedExchange(Exchange):
         self._departed(flights)
         return Submitted(fused, parts, flights)
 
-    def _parts(self) -> list[Part]:
+    def _parts(self) -> Sequence[Part]:
         """All ranks cut alike: by the sizes of all parameters, those included that this rank lacks now."""
         return self.codec.layout(self.sizes).parts(self.part_bytes or _WHOLE)
 
@@ -182,9 +182,9 @@ class CodedExchange(Exchange):
             self._landed(flight)
         if self._fits_mean:
             self._adapt_mean(means)
-        self._spoil(means, broken)
+        spoil(means, tuple(broken))
         self.report_broken(broken, names)
-        return Collected([mean if len(mean) else None for mean in means], submitted.flights[0].terms())
+        return Collected([mean if mean.numel() else None for mean in means], submitted.flights[0].terms())
 
     def _landed(self, flight: Flight) -> None:
         """Counts what the second rounding did, where there was one."""
@@ -195,15 +195,8 @@ class CodedExchange(Exchange):
     def _make_room(self, means: list[Tensor], part: Part, sizes: Sequence[int]) -> None:
         """A vector of zeros for each tensor that another rank has and this one does not."""
         for piece, size in zip(part.slices, sizes, strict=True):
-            if size and not len(means[piece.segment]):
+            if size and not means[piece.segment].numel():
                 means[piece.segment] = torch.zeros(self.sizes[piece.segment], dtype=torch.float32, device="cpu")
-
-    @staticmethod
-    def _spoil(means: Sequence[Tensor], broken: Sequence[bool]) -> None:
-        """A tensor of which any coordinate is not finite is NaN throughout."""
-        for mean, is_broken in zip(means, broken, strict=True):
-            if is_broken:
-                mean.fill_(torch.nan)
 
     @property
     def _factor(self) -> float:

@@ -122,6 +122,6 @@ def _joined(fused: Fused, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
     """One fresh vector, with zeros for what other ranks have and this one does not."""
     vector = torch.zeros(sum(sizes), dtype=dtype, device="cpu")
     for part, segment in zip(vector.split(list(sizes)), fused.segments, strict=True):
-        if len(segment):
+        if segment.numel():
             part.copy_(segment)
     return vector

@@ -14,6 +14,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -32,30 +33,30 @@ Term = Callable[[list["Tensor | None"]], float]
 
 @dataclass(frozen=True)
 class Fused:
-    """A rank's tensors as flat vectors where they lie: ``present`` says which exist; those that do not are empty."""
+    """A rank's tensors, contiguous, where they lie: ``present`` says which exist; those that do not are empty."""
 
     present: tuple[bool, ...]
     segments: tuple[Tensor, ...]
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Coordinates of each tensor; 0 for one that is absent."""
-        return tuple(map(len, self.segments))
+        return tuple(map(Tensor.numel, self.segments))
 
     def pick(self, vectors: Sequence[Tensor]) -> list[Tensor | None]:
         """The vectors of the tensors that exist, and None for the others."""
         return [vector if there else None for vector, there in zip(vectors, self.present, strict=True)]
 
 
-def fuse(tensors: Sequence[Tensor | None], flatten: Callable[[Tensor], Tensor]) -> Fused:
-    """``flatten`` makes a vector of a tensor, without a copy if it can."""
+def fuse(tensors: Sequence[Tensor | None], prepare: Callable[[Tensor], Tensor]) -> Fused:
+    """``prepare`` makes of a tensor what can be sent, without a copy if it can."""
     nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
-    segments = tuple(nothing if tensor is None else flatten(tensor) for tensor in tensors)
+    segments = tuple(nothing if tensor is None else prepare(tensor) for tensor in tensors)
     return Fused(tuple(tensor is not None for tensor in tensors), segments)
 
 
 class Collected(NamedTuple):
-    """The means, flat, None where no rank had the tensor; and all ranks' terms."""
+    """The means, of any shape, None where no rank had the tensor; and all ranks' terms."""
 
     means: list[Tensor | None]
     terms: list[float]

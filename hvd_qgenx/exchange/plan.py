@@ -65,7 +65,7 @@ class Outgoing:
     @property
     def layout(self) -> Layout:
         """How the vectors that are there are cut."""
-        return self.whole.of(list(map(len, self.segments)))
+        return self.whole.of(list(map(Tensor.numel, self.segments)))
 
 
 class Codecs(NamedTuple):

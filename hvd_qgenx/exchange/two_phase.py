@@ -73,7 +73,7 @@ class TwoPhaseFlight(Flight):
     def _encode_shard(self, rank: int, shard: Part, buffer: Tensor) -> tuple[Drawn, Tensor]:
         segments = shard.cut(self.outgoing.segments)
         key = self.outgoing.key.within(part=self.part, shard=rank)
-        layout = shard.layout.of(list(map(len, segments)))
+        layout = shard.layout.of(list(map(Tensor.numel, segments)))
         drawn = self.codec.encode_segments(segments, layout, key, buffer[ENVELOPE_BYTES:])
         return drawn, seal(self.outgoing.envelope, buffer, drawn.size)
 
@@ -89,7 +89,7 @@ class TwoPhaseFlight(Flight):
 
     def _send_mean(self, means: Sequence[Tensor]) -> Pending:
         shard, key = self.shards[self.rank], self.outgoing.key.within(phase=1, part=self.part, shard=self.rank)
-        layout = shard.layout.of(list(map(len, means)))
+        layout = shard.layout.of(list(map(Tensor.numel, means)))
         buffer = self.buffers.take(f"means.{self.part}", bound(shard.layout, self.fine.codebook, inline=True))
         self.mean_drawn = self.fine.encode_segments(means, layout, key, buffer[ENVELOPE_BYTES:])
         message = seal(replace(self.outgoing.envelope, phase=1), buffer, self.mean_drawn.size)
