@@ -2,6 +2,7 @@
 
     python benchmarks/codec_speed.py             # 3 minutes; writes codec_speed.csv and .png to benchmarks/results
     python benchmarks/codec_speed.py --table     # prints the committed rows as the table of docs/speed.md
+    python benchmarks/codec_speed.py --brief     # prints four of them as the README's table
 
 One core, a gradient of 64 MiB. In every round each call is timed once, so that slow phases of the machine fall on all
 of them alike, and the samples that met the core at its full pace count (see ``medians``); a speed is the median time
@@ -558,6 +559,7 @@ def load(flags) -> Tensor:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the table of the rows in --results and end")
+    parser.add_argument("--brief", action="store_true", help="print the table of four of them and end")
     parser.add_argument("--numel", type=int, default=2**24, help="coordinates of a Gaussian gradient")
     parser.add_argument("--gradient", help="a tensor saved by torch.save, to be taken instead")
     parser.add_argument("--rounds", type=int, default=30)
@@ -568,6 +570,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if flags.memory:
         print(peak_memory(flags.memory, flags.out, load(flags)))
+    elif flags.brief:
+        print(brief_table(flags.results))
     else:
         if not flags.table:
             source = ["--gradient", flags.gradient] if flags.gradient else ["--numel", str(flags.numel)]

@@ -267,7 +267,7 @@ def curve(part: str, **setting) -> Curve:
 
 
 def claims() -> list[tuple[str, str, int, float, float, float]]:
-    """(claim, setting, T, measured, least, most), the last two what the theory allows; computed from rates.csv."""
+    """(claim, setting, T, measured, least, most), the last two where it counts as reproduced; from rates.csv."""
     found = []
     for method in DUAL:
         for noise, low, high in (("relative", -1.15, -0.85), ("absolute", -0.6, -0.4)):
