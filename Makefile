@@ -1,18 +1,25 @@
 # All that a checkout needs: 'make' alone says what there is.
 
 PYTHON ?= python3
+TESTS ?= tests
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
+PYTEST := $(RUN) HYPOTHESIS_STORAGE_DIRECTORY=.cache/hypothesis pytest
+CORE = $(shell find hvd_qgenx/csrc tests/fuzz -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: help setup train test fuzz sanitize lint clean
+.PHONY: help setup train test quick fuzz sanitize format lint types dist clean
 
 help:
 	@echo "make setup  make .venv ready: pinned packages, Horovod, this package"
 	@echo "make train  run the main job on 3 processes (ARGS=... are passed on)"
-	@echo "make test   run every test (ARGS=... are passed to pytest)"
+	@echo "make test   run every test (TESTS=path runs those alone; ARGS=... are passed to pytest)"
+	@echo "make quick  run the tests that start no other processes and are not slow, in less than a minute"
 	@echo "make fuzz   feed the core's decoder damaged payloads for ten minutes (DURATION=seconds, RUNS=..., SEED=...)"
 	@echo "make sanitize  the core's round trips and 200000 mutations under the address and behaviour sanitizers"
+	@echo "make format lay out all Python, C and C++ as the style wants it"
 	@echo "make lint   check the code's style"
-	@echo "make clean  remove .venv and all else that was made here"
+	@echo "make types  check the package's types"
+	@echo "make dist   build a wheel and a source distribution in dist/, and check them"
+	@echo "make clean  remove .venv, the compiled library and all else that was made here (runs/ stays)"
 
 setup:
 	@$(PYTHON) environment/prepare.py
@@ -21,16 +28,33 @@ train: setup
 	$(RUN) horovodrun -np 3 python train/wgan.py $(ARGS)
 
 test: setup
-	$(RUN) HYPOTHESIS_STORAGE_DIRECTORY=.cache/hypothesis pytest tests $(ARGS)
+	$(PYTEST) $(TESTS) $(ARGS)
+
+quick: setup
+	$(PYTEST) -m "not parallel and not slow" $(TESTS) $(ARGS)
 
 fuzz sanitize:
 	@$(MAKE) --no-print-directory -C tests/fuzz $@
 
+format: setup
+	$(RUN) ruff format .
+	$(RUN) clang-format -i $(CORE)
+
 lint: setup
 	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) clang-format --dry-run --Werror $(CORE)
+
+types: setup
+	$(RUN) mypy hvd_qgenx
+
+dist: setup
+	rm -rf dist
+	$(RUN) python -m build --no-isolation
+	$(RUN) twine check --strict dist/*
 
 clean:
-	rm -rf .venv .cache build dist *.egg-info
+	rm -rf .venv .cache build dist *.egg-info hvd_qgenx/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .DEFAULT:

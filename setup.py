@@ -1,22 +1,49 @@
-"""The compiled core; everything else stands in setup.cfg."""
+"""The compiled library, the wheel's tag, and the page for a package index; everything else stands in setup.cfg."""
 
+import re
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 CORE = "hvd_qgenx/csrc"
-SOURCES = ("qgenx", "encode", "decode", "statistics", "payload", "layout", "code", "portable", "avx2")
+
+
+class BuildLibrary(build_ext):
+    """Makes hvd_qgenx/libqgenx.so. There is no Python in it: ctypes opens it, whatever the version of Python."""
+
+    def get_ext_filename(self, fullname):
+        return f"{Path(*fullname.split('.'))}.so"
+
+
+class BuildWheel(bdist_wheel):
+    """One wheel for a platform, not one for each version of Python on it."""
+
+    def get_tag(self):
+        *_, platform = super().get_tag()
+        return "py3", "none", platform
+
+
+def index_page():
+    """README.md without what leads nowhere outside the source tree: pictures go, links become a text and a path."""
+    text = re.sub(r"!\[[^]]*\]\((?!https:)[^)]*\)\n*", "", Path("README.md").read_text(encoding="utf-8"))
+    return re.sub(r"\[([^]]*)\]\((?!https:)([^)]*)\)", lambda link: " ".join(dict.fromkeys(link.groups())), text)
+
 
 setup(
+    long_description=index_page(),
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": BuildWheel},
     ext_modules=[
         Extension(
-            "hvd_qgenx._core",
-            sources=[f"{CORE}/{name}.cpp" for name in SOURCES],
+            "hvd_qgenx.libqgenx",
+            sources=sorted(glob(f"{CORE}/*.cpp")),
             depends=[*glob(f"{CORE}/*.h"), *glob(f"{CORE}/*.inl")],
             language="c++",
             # No contraction: a product and a sum are rounded one after the other, on every path.
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
             extra_link_args=["-pthread"],
         )
-    ]
+    ],
 )

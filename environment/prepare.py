@@ -39,24 +39,27 @@ INPUTS = (
     "environment/requirements.txt",
     "environment/build_horovod.py",
     "environment/prepare.py",
+    "hvd_qgenx/__init__.py",
     "setup.cfg",
     "setup.py",
 )
 CORE = ROOT / "hvd_qgenx" / "csrc"
+LIBRARY = ROOT / "hvd_qgenx" / "libqgenx.so"
 NO_NETWORK = ("connection broken", "ConnectionError", "NameResolutionError")  # pip's words
 
 
 def fingerprint():
     """A hash of all that `.venv` is made from: the input files, the Python, the place."""
     digest = hashlib.sha256(f"{sys.version}\n{sys.base_prefix}\n{ROOT}\n".encode())
-    for path in (*(ROOT / name for name in INPUTS), *sorted(CORE.iterdir())):
-        digest.update(path.read_bytes())
+    core = sorted(path for path in CORE.rglob("*") if path.is_file())
+    for path in (*(ROOT / name for name in INPUTS), *core):
+        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def is_ready():
     """Whether `.venv` works and was made from just these inputs."""
-    return PYTHON.exists() and STAMP.is_file() and STAMP.read_text() == fingerprint()
+    return PYTHON.exists() and LIBRARY.exists() and STAMP.is_file() and STAMP.read_text() == fingerprint()
 
 
 def check_python():

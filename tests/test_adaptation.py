@@ -195,6 +195,7 @@ print(hashlib.sha256(repr((counts, fits)).encode()).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_fits_are_the_same_bits_on_an_older_processor():
     """NumPy without its newer instructions, where its own exponential, for one, rounds otherwise."""
     from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__

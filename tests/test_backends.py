@@ -183,6 +183,7 @@ def test_the_largest_of_a_hundred_million_elements_never_passes_its_level(name):
         assert torch.equal(decoded.amax(1), largest)
 
 
+@pytest.mark.slow
 def test_an_unknown_backend_is_one_sentence():
     command = [sys.executable, "-c", "import hvd_qgenx"]
     for asked, code in (("gpu", 1), ("specification", 0)):

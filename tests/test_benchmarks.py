@@ -20,6 +20,7 @@ def codec_speed(monkeypatch):
     return importlib.import_module("codec_speed")
 
 
+@pytest.mark.slow
 def test_codec_speed_writes_every_row(codec_speed, tmp_path):
     flags = ["--numel", "20000", "--rounds", "1", "--results", str(tmp_path)]
     done = subprocess.run(

@@ -56,6 +56,8 @@ def installed_horovod():
 # The plain command
 
 
+@pytest.mark.parallel
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_plain_horovodrun(ranks, tmp_path):
     script = tmp_path / "sum_ranks.py"
@@ -139,6 +141,7 @@ def second_environment(folder):
     return packages
 
 
+@pytest.mark.slow
 def test_kept_wheel_works_in_another_place(tmp_path):
     packages = second_environment(tmp_path / "second")
     load = (
@@ -303,6 +306,7 @@ def test_compiler_that_is_too_old(checkout):
     assert_one_sentence(prepare(checkout, CXX=str(old)), "C++20", str(old))
 
 
+@pytest.mark.slow
 def test_no_network(checkout):
     nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "1", "PIP_NO_CACHE_DIR": "1"}
     cut_off = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": ""}

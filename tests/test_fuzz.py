@@ -47,6 +47,7 @@ def _make(*targets, **variables):
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_the_core_survives_mutations_and_round_trips_under_the_sanitizers():
     output = _make("sanitize", RUNS=20000)
     tried, refused = map(int, re.search(r"(\d+) inputs tried, (\d+) of them refused", output).groups())

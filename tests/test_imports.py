@@ -131,6 +131,7 @@ for use in (lambda: hvd_qgenx.DistributedOptimizer, lambda: compression.compress
 """
 
 
+@pytest.mark.slow
 def test_the_package_works_without_horovod_and_says_how_to_get_it():
     done = subprocess.run([sys.executable, "-c", WITHOUT_HOROVOD], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.parallel, pytest.mark.slow]
+
 FOLDER = Path(__file__).parent / "parallel"
 RUNS = [
     ("gloo", 3, "check_dropin.py"),

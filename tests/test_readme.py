@@ -1,4 +1,4 @@
-"""The README says what the repository has measured, and what it shows works."""
+"""The pages say what the repository has measured, and what they show is there."""
 
 import importlib
 import re
@@ -7,27 +7,50 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 
 
 @pytest.mark.parametrize(
-    ("page", "benchmark"),
+    ("page", "benchmark", "option"),
     [
-        ("README.md", "bytes_sent"),
-        ("README.md", "staleness"),
-        ("README.md", "codec_speed"),
-        ("docs/levels.md", "levels_table"),
+        ("README.md", "bytes_sent", ""),
+        ("README.md", "codec_speed", " --brief"),
+        ("docs/speed.md", "codec_speed", ""),
+        ("docs/levels.md", "staleness", ""),
+        ("docs/levels.md", "levels_table", ""),
     ],
 )
-def test_tables_are_those_of_the_committed_rows(monkeypatch, page, benchmark):
+def test_tables_are_those_of_the_committed_rows(monkeypatch, page, benchmark, option):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    table = importlib.import_module(benchmark).table()
+    module = importlib.import_module(benchmark)
+    table = module.brief_table() if option else module.table()
     shown = re.search(
-        rf"<!-- table: benchmarks/{benchmark}.py -->\n(.*?)\n<!-- end -->", (ROOT / page).read_text(), re.S
+        rf"<!-- table: benchmarks/{benchmark}.py{option} -->\n(.*?)\n<!-- end -->", (ROOT / page).read_text(), re.S
     )
     assert shown and shown.group(1) == table
 
 
-def test_linked_files_are_there():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links and all((ROOT / link).exists() for link in links)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_linked_files_are_there(page):
+    links = re.findall(r"\]\((?!https:)([^)#]+)\)", page.read_text())
+    assert all((page.parent / link).exists() for link in links), links
+
+
+def test_the_readme_shows_a_picture_and_links_every_page():
+    readme = (ROOT / "README.md").read_text()
+    assert re.search(r"!\[[^]]+\]\(benchmarks/results/\w+\.png\)", readme)
+    linked = {link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", readme)}
+    assert {str(page.relative_to(ROOT)) for page in PAGES} - {"README.md"} <= linked
+
+
+def test_figures_of_the_readmes_text_are_those_of_the_tables():
+    """The sentences round figures of the tables off, or repeat them."""
+    readme, rates = (ROOT / "README.md").read_text(), (ROOT / "docs" / "rates.md").read_text()
+    ratio = float(re.search(r"qgenx\(bits=4\)`: adaptive.*\| ([\d.]+) \| [\d.]+ \|$", readme, re.M).group(1))
+    fp16 = float(re.search(r"`Compression.fp16` .*\| ([\d.]+) \| not measured", readme).group(1))
+    assert f"**{ratio:.0f} times fewer bytes**" in readme
+    # K c < 2 d and K c < d, for the largest K.
+    assert f"against float32 up to {int(2 * ratio)} ranks, and against fp16 up to {int(2 * ratio / fp16)}" in readme
+    iterations = re.search(r"\| iterations to a gap, d = 10,240 .*\| ([\d.]+) \| 0 to", rates).group(1)
+    fraction = re.search(r"\| bytes / float32's, d = 10,240 .*\| ([\d.]+) \| 0 to", rates).group(1)
+    assert f"{iterations} times the iterations of float32, and {fraction} times" in readme

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SMALL = ["--iterations", "3", "--width", "4", "--batch", "6", "--log-every", "1", "--sample-every", "3"]
 
@@ -45,6 +47,7 @@ def _size(picture):
         return image.size
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("compression", ["none", "fp16", "fixed8", "fixed4", "qgenx"])
 def test_three_iterations_with_every_compression(tmp_path, compression):
     out = tmp_path / "run"
@@ -60,6 +63,7 @@ def test_three_iterations_with_every_compression(tmp_path, compression):
     assert [_size(out / f"samples_{i:06d}.png") for i in (0, 3)] == [(256, 256)] * 2
 
 
+@pytest.mark.parallel
 def test_the_plain_command_on_three_ranks_with_cifar_10_where_it_can_be_had(tmp_path):
     out = tmp_path / "run"
     _train(3, out, launcher=())
@@ -67,6 +71,7 @@ def test_the_plain_command_on_three_ranks_with_cifar_10_where_it_can_be_had(tmp_
     assert len(_rows(out)) == 3
 
 
+@pytest.mark.parallel
 def test_ctrl_c_ends_all_ranks_and_leaves_a_summary(tmp_path):
     out = tmp_path / "run"
     flags = ["--iterations", "100000", "--width", "4", "--batch", "6", "--log-every", "1", "--data", "digits"]

@@ -31,6 +31,8 @@ def _played(out):
     return json.loads((out / "summary.json").read_text()), rows
 
 
+@pytest.mark.parallel
+@pytest.mark.slow
 def test_two_processes_agree_bit_for_bit_and_leave_a_picture(tmp_path):
     out = tmp_path / "run"
     done = subprocess.run(

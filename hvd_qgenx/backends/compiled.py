@@ -25,7 +25,7 @@ from ctypes import (
     pointer,
 )  # fmt: skip
 from functools import cache, lru_cache
-from importlib import util
+from importlib import resources
 from itertools import chain
 
 import torch
@@ -96,13 +96,13 @@ class _Target(Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    spec = util.find_spec("hvd_qgenx._core")
-    if spec is None or spec.origin is None:
+    path = resources.files("hvd_qgenx") / "libqgenx.so"
+    if not path.is_file():
         raise ImportError(
-            "hvd_qgenx._core is not there: install hvd_qgenx with pip, which compiles it, "
+            f"{path.name} is not there: install hvd_qgenx with pip, which compiles it, "
             "or set HVD_QGENX_BACKEND=specification for the slow path in plain torch"
         )
-    library = ctypes.CDLL(spec.origin)
+    library = ctypes.CDLL(str(path))
     library.qgenx_squared_error.restype = None
     return library
 
