@@ -162,7 +162,8 @@ class Codec:
         bound = self.bound(len(vector), sizes)
         room = torch.empty(bound, dtype=torch.uint8) if out is None else _check_out(out, bound)
         segments, wanted = core.Segments.cut(vector, sizes), counts is not None
-        size, found = core.encode(self._book, self._layout(sizes), self._encoding(key, inline), segments, room, wanted)
+        cut, how = self._layout(segments.sizes), self._encoding(key, inline)
+        size, found = core.encode(self._book, cut, how, segments, room, wanted)
         if wanted:
             counts.copy_(found.counts)
         return room[:size].clone() if out is None else room[:size]

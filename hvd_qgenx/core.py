@@ -126,9 +126,10 @@ class Segments:
         segments = cls((vector,))
         if sum(sizes) != vector.numel():
             raise ValueError(f"sizes must add up to the vector's {vector.numel()} coordinates, got {sum(sizes)}")
-        first = segments.pointers[0]
-        segments.sizes = _integers(sizes)
-        segments.pointers = _integers([first + 4 * begin for begin in accumulate(sizes[:-1], initial=0)][: len(sizes)])
+        if len(sizes) != 1:
+            first, begins = segments.pointers[0], list(accumulate(sizes, initial=0))[:-1]
+            segments.sizes = _integers(sizes)
+            segments.pointers = _integers([first + 4 * begin for begin in begins])
         return segments
 
     @classmethod
