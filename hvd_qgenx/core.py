@@ -295,7 +295,7 @@ def decode_mean(
     Raises:
         CoreError: if a payload is damaged or does not hold what the targets need.
     """
-    targets = Segments.of(targets)
+    targets, payloads = Segments.of(targets), [_check(payload, torch.uint8) for payload in payloads]
     where = None if sections is None else _pointer(sections, torch.int32, len(payloads) * len(targets))
     target = _Target(targets.sizes, targets.pointers, where, len(targets))
     broken = torch.empty(len(targets), dtype=torch.bool)

@@ -142,6 +142,15 @@ def test_counts_are_right_for_any_number_of_levels_and_long_buckets(path, counts
     assert torch.equal(measured.counts, torch.bincount(symbols.abs().int(), minlength=counts[0] + 1))
 
 
+def test_no_segments_at_all_make_a_payload_that_decodes(path):
+    codec = Codec(Levels.uniform(4))
+    payload, measured = _encode(codec, [], measure=True)
+    with core.force("reference"):
+        assert torch.equal(payload, codec.encode(torch.zeros(0), KEY, sizes=()))
+    assert (measured.squared_error, measured.squared_norm, measured.spoiled.numel()) == (0.0, 0.0, 0)
+    assert core.decode_mean(codec._book, [payload], []).numel() == 0
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_neither_threads_nor_the_path_change_what_is_measured(threads, norm):
     codec = Codec(Levels.exponential(4), "huffman", 500, norm, min_numel=10)
@@ -302,6 +311,7 @@ def test_arguments_that_are_no_payloads_fault_are_value_errors(path):
         (partial(encode, tensors), "out must have room for .* bytes, got 10"),
         (partial(core.bound, codec._book, core.layout((64,), 0, 0), True), "bucket_size must be between 1 and 16384"),
         (partial(decode, []), "payloads must hold at least one"),
+        (partial(decode, [payload[::2]]), "contiguous torch.uint8"),
         (partial(decode, [payload], sections=map_), "sections must be -1 or more, got -2"),
         (partial(decode, [payload], sections=map_[:, :1]), "of 2 elements"),
         (partial(core.Segments.cut, torch.zeros(5), (2, 2)), "sizes must add up to the vector's 5 coordinates, got 4"),
@@ -325,4 +335,3 @@ except MemoryError as error:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "out of memory\n", done.stderr
-
