@@ -84,7 +84,8 @@ typedef struct {
 } qgenx_encoding;
 
 /* What encode tells beside the payload: each is filled unless it is NULL. The sums are over the coordinates of segments
- * that are not spoiled, and do not depend on the number of threads or the path. */
+ * that are not spoiled. Each bucket's is that of a norm's 16 lanes; buckets are added in their order, after raw segments
+ * in theirs, whose squares are summed by QGENX_MAX_BUCKET at a time: neither threads nor the path change a bit. */
 typedef struct {
     uint64_t *counts;      /* s + 1: how often each index 0 ... s was drawn */
     double *squared_error; /* sum of (decoded - v)^2, `decoded` as receivers compute it, each difference in float32 */
