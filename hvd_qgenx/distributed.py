@@ -35,6 +35,9 @@ class _Materialising(OptimizerView):
     ``__module__``, it calls the base class's. This is that base class: it creates the state and moves nothing.
     """
 
+    def _recall(self) -> None:
+        """Takes up what a checkpoint or a broadcast left in the groups; see ``DistributedOptimizer``."""
+
     def step(self, closure=None):
         """Creates the optimizer's state as a placeholder, dropped again unless a broadcast overwrites it."""
         self._recall()

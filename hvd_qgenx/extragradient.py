@@ -12,10 +12,13 @@ instead of two. Knows nothing of communication. The point x_t and that gradient 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from hvd_qgenx.checks import check_type
 
@@ -28,17 +31,31 @@ class OptimizerView(torch.optim.Optimizer):
         # What Optimizer does for an unpickled one: it sets up hooks and touches neither groups nor state.
         self.__setstate__({})
 
+    # What is assigned belongs to the other optimizer too: frameworks restore state that way.
+
     @property
-    def param_groups(self):
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
-    @property
-    def state(self):
-        return self.optimizer.state
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
 
     @property
-    def defaults(self):
+    def state(self) -> defaultdict[Tensor, Any]:
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
         return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of all parameters."""

@@ -97,7 +97,7 @@ def horovod():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exchange": "ring"}, "exchange must be one of 'auto', 'allgather', got 'ring'"),
+        ({"exchange": "ring"}, "exchange must be one of 'auto', 'allgather', 'two_phase', got 'ring'"),
         ({"backward_passes_per_step": 0}, "backward_passes_per_step must be an integer at least 1"),
         ({"gradient_predivide_factor": -1.0}, "gradient_predivide_factor must be a positive number"),
         ({"gradient_predivide_factor": 2.0, "op": hvd.Sum}, "gradient_predivide_factor must be 1 unless"),

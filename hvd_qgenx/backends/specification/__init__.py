@@ -60,7 +60,8 @@ class Specification(Backend):
         counts = no_counts(codebook)
         counts += torch.bincount(quantized.symbols.abs(), minlength=len(counts))
         spoiled = tuple(bool(part.isnan().any()) for part in decoded.split(list(layout.sizes)))
-        return Drawn(len(payload), counts, *self.squared_error(vector, decoded), spoiled)
+        error, total = self.squared_error(vector, decoded)
+        return Drawn(len(payload), counts, error, total, spoiled)
 
     def decode_mean(self, codebook, payloads, targets, sections=None, factor=1.0):
         parts = [_decode(codebook, payload) for payload in payloads]
