@@ -126,11 +126,11 @@ class Codec:
         check_type("key", key, Key)
         layout = self.layout(_check_sizes(sizes, len(vector)))
         most = bound(layout, self.codebook, inline=True)
-        room = torch.empty(most, dtype=torch.uint8, device="cpu") if out is None else _check_out(out, most)
-        drawn = self.encode_segments(vector.split(list(layout.sizes)), layout, key, room, inline)
+        buffer = torch.empty(most, dtype=torch.uint8, device="cpu") if out is None else _check_out(out, most)
+        drawn = self.encode_segments(vector.split(list(layout.sizes)), layout, key, buffer, inline)
         if counts is not None:
             counts.copy_(drawn.counts)
-        payload = room[: drawn.size]
+        payload = buffer[: drawn.size]
         return payload.clone() if out is None else payload
 
     def encode_segments(

@@ -1,6 +1,6 @@
 /* The compiled core of hvd_qgenx: payloads from float vectors, means of vectors from payloads. No torch, no Python.
  *
- * What the bytes are is written in docs/wire_format.md, what the arithmetic is in hvd_qgenx/reference.py; this is the
+ * What the bytes are is written in docs/wire_format.md, what the arithmetic is in hvd_qgenx/backends/specification/; this is the
  * same, fast. Two paths, AVX2 with BMI2 and portable C++17, give the same bytes.
  *
  * Simple:

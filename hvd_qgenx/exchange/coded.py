@@ -55,10 +55,10 @@ class CodedExchange(Exchange):
         super().__init__(transport, op, communication)
         self.settings, self.nonfinite, self.part_bytes = settings, settings.nonfinite, part_bytes
         self.codec = settings.codec()
-        buffers = Buffers()
-        self.plan = PLANS[plan](self.messenger, buffers)
+        self.buffers = Buffers()
+        self.plan = PLANS[plan](self.messenger, self.buffers)
         # What needs every rank's own vector takes this one, whatever the plan.
-        self.allgather = Allgather(self.messenger, buffers)
+        self.allgather = Allgather(self.messenger, self.buffers)
         self.version = 0
         self.next_fit_at = 0
         # The codec of means of shards, where the plan rounds twice; and whether it awaits a mean to be fitted to.
@@ -71,6 +71,10 @@ class CodedExchange(Exchange):
 
     def fuse(self, tensors: Sequence[Tensor | None]) -> Fused:
         return fuse(tensors, as_segment)
+
+    def describe(self, lines: Sequence[str], dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> None:
+        super().describe(lines, dtypes, sizes)
+        self.buffers.clear()  # they are cut for other sizes
 
     # ---- levels ------------------------------------------------------------------------------------------------------
 

@@ -203,7 +203,7 @@ def test_buffers_are_kept():
     parameters, optimizer = _optimizer("two_phase", 8192)
     for call in range(3):
         _step(parameters, optimizer, _gradients(call))
-    buffers = optimizer._exchange.plan.buffers
+    buffers = optimizer._exchange.buffers
     before = {name: buffer.data_ptr() for name, buffer in [*buffers._kept.items(), *buffers._floats.items()]}
     for call in range(3):
         _step(parameters, optimizer, _gradients(call))
