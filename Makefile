@@ -49,7 +49,7 @@ types: setup
 	$(RUN) mypy hvd_qgenx
 
 dist: setup
-	rm -rf dist
+	rm -rf dist *.egg-info
 	$(RUN) python -m build --no-isolation
 	$(RUN) twine check --strict dist/*
 

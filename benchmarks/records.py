@@ -9,14 +9,15 @@ import subprocess
 import time
 from pathlib import Path
 
+import hvd_qgenx
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def provenance() -> dict:
-    """Commit (marked if the package differs from it), date, device."""
-    commit = _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", "hvd_qgenx") else "")
+    """Commit (marked if the package differs from it; the version where there is no checkout), date, device."""
     return {
-        "commit": commit,
+        "commit": _commit() if (ROOT / ".git").exists() else hvd_qgenx.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "device": f"CPU {platform.machine()}, {os.cpu_count()} cores",
     }
@@ -30,6 +31,10 @@ def append(path: Path, columns: list[str], rows: list[dict]) -> None:
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def _commit() -> str:
+    return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", "hvd_qgenx") else "")
 
 
 def _git(*arguments: str) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -14,7 +15,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import build_horovod
+import prepare as prepare_program
 import pytest
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -278,9 +281,10 @@ def test_relative_cache_home_is_ignored(tmp_path, monkeypatch):
 def checkout(tmp_path):
     """A second checkout without a .venv: what the set-up reads, and nothing else."""
     folder = tmp_path / "checkout"
-    shutil.copytree(ROOT / "environment", folder / "environment", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("Makefile", "setup.cfg", "pyproject.toml"):
-        shutil.copy(ROOT / name, folder)
+    for name in ("environment", "hvd_qgenx/csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "setup.cfg", "setup.py", "hvd_qgenx/__init__.py"):
+        shutil.copy(ROOT / name, folder / name)
     return folder
 
 
@@ -322,7 +326,81 @@ def test_unknown_make_target():
     assert_one_sentence(result, "no-such-target", "make help")
 
 
-def test_make_alone_lists_the_targets():
+def test_make_alone_lists_every_target():
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M).group(1).split()
     result = run(["make"], environment())
     assert result.returncode == 0
-    assert all(f"make {name} " in result.stdout for name in ("setup", "train", "test", "lint"))
+    assert all(f"make {name} " in result.stdout for name in targets if name != "help")
+
+
+# When set-up is done again
+
+
+@pytest.fixture
+def set_up(checkout, monkeypatch):
+    """environment/prepare.py as it would run in `checkout`, where all seems to be made."""
+    monkeypatch.setattr(prepare_program, "ROOT", checkout)
+    monkeypatch.setattr(prepare_program, "PYTHON", Path(sys.executable))
+    for name, file in {"CORE": "hvd_qgenx/csrc", "LIBRARY": "hvd_qgenx/libqgenx.so", "STAMP": "ready"}.items():
+        monkeypatch.setattr(prepare_program, name, checkout / file)
+    prepare_program.LIBRARY.touch()
+    prepare_program.STAMP.write_text(prepare_program.fingerprint())
+    assert prepare_program.is_ready()
+    return prepare_program
+
+
+@pytest.mark.parametrize("name", ["hvd_qgenx/csrc/qgenx.h", "hvd_qgenx/__init__.py", "setup.cfg", "setup.py"])
+def test_a_change_of_what_is_compiled_is_noticed(set_up, name):
+    with open(set_up.ROOT / name, "a") as file:
+        file.write("\n")
+    assert not set_up.is_ready()
+
+
+def test_a_new_name_or_folder_in_the_core_is_noticed(set_up):
+    (set_up.CORE / "qgenx.cpp").rename(set_up.CORE / "face.cpp")
+    assert not set_up.is_ready()
+    set_up.STAMP.write_text(set_up.fingerprint())
+    (set_up.CORE / "more").mkdir()
+    (set_up.CORE / "more" / "kernel.h").touch()
+    assert not set_up.is_ready()
+
+
+def test_a_library_that_is_gone_is_noticed(set_up):
+    set_up.LIBRARY.unlink()
+    assert not set_up.is_ready()
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="another environment than that of make setup")
+def test_every_installed_package_is_pinned():
+    lines = (ROOT / "environment" / "constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(line.split("==")[0]) for line in lines if "==" in line}
+    installed = {canonicalize_name(package.metadata["Name"]) for package in metadata.distributions()}
+    assert installed - {"horovod", "hvd-qgenx"} <= pinned
+
+
+# What make does
+
+
+def planned(*arguments):
+    """The commands that make would run."""
+    return run(["make", "-n", *arguments], environment()).stdout
+
+
+def test_make_test_runs_every_test_unless_told_which():
+    assert re.search(r"pytest tests *$", planned("test"), re.M)
+    assert re.search(r"pytest tests/test_codec.py -x$", planned("test", "TESTS=tests/test_codec.py", "ARGS=-x"), re.M)
+
+
+def test_make_quick_leaves_out_what_is_parallel_or_slow():
+    assert re.search(r'pytest -m "not parallel and not slow" tests -x$', planned("quick", "ARGS=-x"), re.M)
+
+
+def test_make_clean_leaves_nothing_that_was_made_but_the_runs(checkout):
+    before = {path for path in checkout.rglob("*") if path.is_file()}
+    made = [".venv/bin/python", ".cache/setup.log", "build/x.o", "dist/x.whl", "x.egg-info/PKG-INFO"]
+    made += ["hvd_qgenx/libqgenx.so", "hvd_qgenx/__pycache__/x.pyc"]
+    for name in [*made, "runs/one/config.json"]:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).touch()
+    assert run(["make", "clean"], environment(), cwd=checkout).returncode == 0
+    assert {path for path in checkout.rglob("*") if path.is_file()} == before | {checkout / "runs/one/config.json"}

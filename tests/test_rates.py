@@ -120,3 +120,24 @@ def test_the_table_of_the_page_is_that_of_the_committed_rows(rates):
     page = (ROOT / "docs" / "rates.md").read_text()
     table = re.search(r"<!-- table: benchmarks/rates.py -->\n(.*?)\n<!-- end -->", page, re.S)
     assert table and table.group(1) == rates.table()
+
+
+def test_asking_for_the_table_prints_it_and_draws_nothing(rates, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(rates, "FOLDER", tmp_path)
+    rates.main(["--table"])
+    assert capsys.readouterr().out == rates.table() + "\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_asking_for_the_pictures_draws_them_and_prints_nothing(rates, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(rates, "FOLDER", tmp_path)
+    rates.main(["--plot"])
+    assert capsys.readouterr().out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rates_compression.png", "rates_methods.png"]
+
+
+def test_a_figure_outside_its_window_is_bold(rates, monkeypatch):
+    found = [("slope", "a", 8, -0.5, -1.15, -0.85), ("slope", "b", 8, -1.0, -1.15, -0.85)]
+    monkeypatch.setattr(rates, "claims", lambda: found)
+    lines = rates.table().splitlines()
+    assert lines[2:4] == ["| slope | a | 8 | **-0.5** | -1.15 to -0.85 |", "| slope | b | 8 | -1 | -1.15 to -0.85 |"]
