@@ -52,6 +52,7 @@ class Settings:
         check_choice("statistics", self.statistics, FORMS)
         object.__setattr__(self, "rate_weight", check_non_negative("rate_weight", self.rate_weight))
         object.__setattr__(self, "adapt_at", check_integers("adapt_at", self.adapt_at, 0))
+        # What the codec refuses is refused when settings are made, not at the first exchange.
         self.codec()
 
     def codec(self, levels: Levels | None = None, counts: tuple[int, ...] | None = None) -> Codec:
@@ -116,6 +117,7 @@ class Statistics:
     def merged(cls, parts: Sequence[Statistics]) -> Statistics:
         """The sum over ranks, each shifted to the largest exponent first."""
         exponent = max(part.exponent for part in parts)
+        # Shifts of integers: ranks whose gradients are tiny count for what they weigh.
         weighted = [part.weighted >> min(exponent - part.exponent, 62) for part in parts]
         return cls(exponent, torch.stack(weighted).sum(dim=0), torch.stack([part.plain for part in parts]).sum(dim=0))
 
@@ -129,6 +131,7 @@ def fit(statistics: Statistics, bits: int, rate_weight: float = 0.0) -> tuple[Le
     if not statistics.weighted.any():
         return None
     counts, plain = _counts(statistics.weighted), _counts(statistics.plain)
+    # Levels for what may still come, code words for what was seen.
     seen = _with_one_more(counts, sum(plain))
     levels = Levels.fitted(seen, bits, rate_weight=rate_weight, plain_counts=plain).short()
     shares = Distribution(plain).symbol_probabilities(levels.values)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 def check_integer(name: str, value: int, low: int, high: int | None = None) -> int:
     """``value`` as an int, if it is an integer of [low, high]; booleans are not."""
+    # True is 1 to Python, and never what a caller means by a number.
     if isinstance(value, Integral) and not isinstance(value, bool) and low <= value and (high is None or value <= high):
         return int(value)
     allowed = f"at least {low}" if high is None else f"between {low} and {high}"

@@ -60,6 +60,7 @@ class Code:
 
     def most_bytes(self, numel: int) -> int:
         """The most bytes that a bucket of ``numel`` symbols takes."""
+        # Runs take up to two bits for each element that ends one, beside the words.
         bits = self.width * numel or (self.depth + 2 * self.stages) * numel + MOST_RUN_BITS * self.stages
         return (bits + 7) // 8
 
@@ -96,6 +97,7 @@ class Codebook:
     def hash(self) -> int:
         """64 bits of SHA-256 over coder, levels and code lengths: equal if and only if decoders agree."""
         levels = np.asarray(self.levels.values, "<f4").tobytes()
+        # The zero byte ends the name: no coder and levels can read as another pair.
         content = self.coder.encode() + b"\0" + levels + bytes(self.code.lengths)
         return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
 
@@ -120,6 +122,7 @@ def make_code(coder: str, num_levels: int, counts: Sequence[int] | None = None) 
         return huffman(_signed_lengths(counts))
     runs = coder == "elias_runs"
     elias = {"elias_gamma": elias_gamma, "elias_delta": elias_delta}.get(coder, elias_omega)
+    # Elias codes begin at 1, magnitudes at 0; where zeros are runs, at 1 as well.
     words = [elias(magnitude + 1 - runs) for magnitude in range(runs, num_levels + 1)]
     zero, others = ("", words) if runs else (words[0], words[1:])
     negative, positive = ([word + sign for word in others] for sign in "10")
@@ -128,8 +131,10 @@ def make_code(coder: str, num_levels: int, counts: Sequence[int] | None = None) 
 
 def _signed_lengths(counts: Sequence[int]) -> tuple[int, ...]:
     """Code lengths of -s..s: 0 for zeros and 1 for both ones if their runs are coded, else Huffman's."""
+    # Half of a magnitude's count for each sign: doubling the zero keeps integers.
     if not _dominates(counts):
         return huffman_lengths([*counts[:0:-1], 2 * counts[0], *counts[1:]])
+    # With a single positive level every non-zero is a one, and needs its sign alone.
     ones = len(counts) > 2 and _dominates(counts[1:])
     others = counts[2:] if ones else counts[1:]
     lengths = huffman_lengths([*reversed(others), *others])
@@ -152,6 +157,7 @@ def huffman(lengths: Sequence[int]) -> Code:
     s = len(lengths) // 2
     if lengths[s]:
         return Code(canonical_words(lengths))
+    # A complete code never has two words of one bit beside others, so these say runs.
     ones = s > 1 and lengths[s - 1] == lengths[s + 1] == 1
     least = 2 if ones else 1
     words = canonical_words([*lengths[: s + 1 - least], *lengths[s + least :]])

@@ -60,6 +60,7 @@ class Codec:
         check_choice("rounding", self.rounding, ROUNDINGS)
         check_integer("min_numel", self.min_numel, 0, 2**32 - 1)
         if self.counts is not None:
+            # A frozen value may still bring its arguments into their final form.
             object.__setattr__(self, "counts", _check_counts(self.counts, self.levels.num_levels + 1))
 
     @cached_property
@@ -68,6 +69,7 @@ class Codec:
         counts: Sequence[int] | None = self.counts
         if self.coder == "huffman" and counts is None:
             shares = self.levels.symbol_probabilities(self.norm, self.bucket_size)
+            # Integers, since ranks that differ in a last bit would have other code words.
             counts = [round(share * _COUNT_SCALE) for share in shares]
         return Codebook(self.coder, self.levels, make_code(self.coder, self.levels.num_levels, counts))
 
@@ -98,6 +100,7 @@ class Codec:
         if len(probabilities) != self.levels.num_levels + 1:
             raise ValueError(f"probabilities must be {self.levels.num_levels + 1} numbers, got {len(probabilities)}")
         code = self.codebook.code
+        # A fixed width tells the bytes of a bucket, so no length travels.
         headers = (32.0 if code.width else 48.0) * -(-numel // self.bucket_size)
         return headers + numel * code.expected_bits(probabilities, self.bucket_size)
 
@@ -125,12 +128,14 @@ class Codec:
         vector = as_vector(gradient)
         check_type("key", key, Key)
         layout = self.layout(_check_sizes(sizes, len(vector)))
+        # With the inline codebook even if it stays behind: one bound, whatever is sent.
         most = bound(layout, self.codebook, inline=True)
         buffer = torch.empty(most, dtype=torch.uint8, device="cpu") if out is None else _check_out(out, most)
         drawn = self.encode_segments(vector.split(list(layout.sizes)), layout, key, buffer, inline)
         if counts is not None:
             counts.copy_(drawn.counts)
         payload = buffer[: drawn.size]
+        # A view would keep the whole buffer, which is as large as the worst payload.
         return payload.clone() if out is None else payload
 
     def encode_segments(
@@ -164,6 +169,7 @@ class Codec:
         if out is None:
             numel = self.parse(payloads[0], numel).layout.numel
             out = torch.empty(numel, dtype=torch.float32, device="cpu")
+        # The backend wants targets cut as payloads are; it checks what is believed here.
         cuts = [_sizes_of(payload, len(_check_vector(out, numel))) for payload in payloads]
         backend = backend_of(out.device)
         if None not in cuts and all(cut == cuts[0] for cut in cuts):

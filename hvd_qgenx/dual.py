@@ -82,10 +82,12 @@ class QGenX(torch.optim.Optimizer):
     @torch.no_grad()
     def extrapolation(self) -> None:
         """Moves to X_{t+1/2}."""
+        # The average is for looking at: a step from there would leave the method's path.
         self._check_place()
         for p in self._parameters():
             state = self._initial_state(p)
             if self.extrapolation_uses_gradient:
+                # Kept, since the step size needs it when V_{t+1/2} is known.
                 state["look_ahead"] = torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
             p.sub_(state["look_ahead"], alpha=self.gamma)
         self.param_groups[0]["extrapolated"] = True
@@ -105,6 +107,7 @@ class QGenX(torch.optim.Optimizer):
         first["sum_of_squares"] += (
             self._local_difference() if self.squared_difference is None else self.squared_difference
         )
+        # It belongs to this step alone: a stale one would pass unnoticed.
         self.squared_difference = None
         for group in self.param_groups:
             group["iterations"] += 1
@@ -158,7 +161,9 @@ class QGenX(torch.optim.Optimizer):
         state["dual"].sub_(gradient)
         if self.method == "optimistic":
             state["look_ahead"].copy_(gradient)
+        # p is at X_{t+1/2} now: the running mean needs no sum that grows.
         state["average"].lerp_(p, 1.0 / iteration)
+        # From X_1 by all of Y, not by a step from X_t: gamma weighs every gradient anew.
         p.copy_(state["start"] + self.gamma * state["dual"])
 
     def _local_difference(self) -> float:

@@ -126,6 +126,7 @@ class ExtraGradient(OptimizerView):
     def extrapolation(self) -> None:
         """Moves to x_{t+1/2}. A second call before ``step`` moves on from there; ``step`` still starts at x_t."""
         with self._past_gradients() if self.past else nullcontext():
+            # A second extrapolation must not take its own x_{t+1/2} for x_t.
             first = not self.extrapolated
             here = {p: p.clone() for p in self._moving()}
             self.optimizer.step()
@@ -138,6 +139,7 @@ class ExtraGradient(OptimizerView):
     def _past_gradients(self):
         """In this context gradients are those of the last step, or zero where there was no step yet."""
         present = {p: p.grad for p in self._parameters()}
+        # At the first step a zero gradient, not none: moments and decay then start at once everywhere.
         begins = not any("past" in self.state.get(p, ()) for p in present)
         for p in present:
             p.grad = torch.zeros_like(p) if begins and p.requires_grad else self.state.get(p, {}).get("past")
@@ -162,6 +164,7 @@ class ExtraGradient(OptimizerView):
             loss = self._closure_iteration(closure)
         if not self.extrapolated:
             raise RuntimeError("step() needs an extrapolation() before it, or a closure")
+        # A copy: the next backward accumulates into the same memory.
         gradients = {p: None if p.grad is None else p.grad.clone() for p in self._parameters()} if self.past else {}
         self._step_from_anchor()
         # After the base's step: a base takes a state with something in it for one that it has made.

@@ -49,6 +49,7 @@ class Distribution:
             values = np.array(counts, dtype=np.float64)
         except (TypeError, ValueError):
             values = np.zeros(0)
+        # cumsum adds in order, sum in pairs whose shape depends on the machine.
         total = float(values.cumsum()[-1]) if values.shape == (NUM_BINS,) else 0.0
         if not 0.0 < total < math.inf or values.min() < 0.0:
             raise ValueError(f"counts must be {NUM_BINS} non-negative numbers, not all zero")
@@ -60,6 +61,7 @@ class Distribution:
 
     def moments(self, x: float) -> tuple[float, float, float]:
         """(W(x), M(x), S(x))."""
+        # x = 1 is the end of the last bin, not the start of another.
         index = min(bisect_right(BIN_EDGES, x) - 1, NUM_BINS - 1)
         low = BIN_EDGES[index]
         inside = self._density[index] * (x - low)
@@ -73,6 +75,7 @@ class Distribution:
         """The x with W(x) = probability."""
         index = min(max(bisect_right(self._w, probability) - 1, 0), NUM_BINS - 1)
         low, high, mass = BIN_EDGES[index], BIN_EDGES[index + 1], self.mass[index]
+        # An empty bin has no place for the quantile: any point of it will do.
         inside = (probability - self._w[index]) / mass if mass > 0.0 else 0.0
         return low + (high - low) * min(max(inside, 0.0), 1.0)
 
@@ -92,6 +95,7 @@ class Distribution:
     def best_between(self, low: float, current: float, high: float) -> float:
         """The level between two neighbours that minimises the variance: W(x) is the mean of W over [low, high]."""
         (w_low, m_low, _), (w_high, m_high, _) = self.moments(low), self.moments(high)
+        # Nothing lies between the neighbours, so every place is as good as the present one.
         if w_high <= w_low:
             return current
         mean = (high * w_high - low * w_low - (m_high - m_low)) / (high - low)
@@ -106,6 +110,7 @@ class Distribution:
         """How often stochastic rounding in the gap [low, high] gives its lower and its upper end."""
         (w_low, m_low, _), (w_high, m_high, _) = self.moments(low), self.moments(high)
         up = (m_high - m_low - low * (w_high - w_low)) / (high - low)
+        # Differences of integrals may fall below zero by their rounding.
         return max(w_high - w_low - up, 0.0), max(up, 0.0)
 
     def symbol_probabilities(self, levels: Sequence[float]) -> tuple[float, ...]:
@@ -141,6 +146,7 @@ def _bits(p: float) -> float:
     """-p log2 p, by a series: a library's logarithm may differ in its last bit from machine to machine."""
     if p <= 0.0:
         return 0.0
+    # p = mantissa 2^exponent, and the mantissa is near sqrt(1/2), where the series is short.
     mantissa, exponent = math.frexp(p)
     t = (mantissa - _ROOT_HALF) / (mantissa + _ROOT_HALF)  # |t| <= 0.172, so t^23 / 23 < 2^-62
     series = 0.0
@@ -163,12 +169,14 @@ def truncated_normal(moments: Sequence[int]) -> list[int]:
     """
     total, first, second = moments
     mean = first / total
+    # Coordinates that are all equal have none, and a density needs some.
     deviation = max(math.sqrt(max(second / total - mean * mean, 0.0)), abs(mean) / 32.0, 2.0**-OCTAVES)
 
     def density(u: np.ndarray) -> np.ndarray:
         positive, negative = (u - mean) / deviation, (u + mean) / deviation
         return _exp_of_minus(positive * positive / 2.0) + _exp_of_minus(negative * negative / 2.0)
 
+    # |r| gathers both signs: r and -r fall into one bin.
     mass = (density(_LOW) + 4.0 * density((_LOW + _HIGH) / 2.0) + density(_HIGH)) * (_HIGH - _LOW)
     return [round(count) for count in (mass / mass.cumsum()[-1] * _SIMPLE_COUNT).tolist()]
 
@@ -189,6 +197,7 @@ def normal_distribution(norm: str, bucket_size: int) -> Distribution:
     scale = math.sqrt(bucket_size) if norm == "l2" else _expected_maximum(bucket_size)
     cumulative = [math.erf(edge * scale / math.sqrt(2.0)) for edge in BIN_EDGES]
     counts = [high - low for low, high in pairwise(cumulative)]
+    # What a normal number has beyond 1 cannot occur: u is at most 1.
     counts[-1] += 1.0 - sum(counts)
     return Distribution(counts)
 
@@ -245,6 +254,7 @@ def _best_descent(candidates: list[list[float]], sweep: Callable, objective: Cal
     for levels in candidates:
         _descend(levels, sweep, objective, _FIRST_SWEEPS)
     best = min(candidates, key=objective)
+    # A few sweeps tell which valley is deepest; only there is it worth going to the bottom.
     _descend(best, sweep, objective, _SWEEPS)
     return best
 
@@ -254,6 +264,7 @@ def _descend(levels: list[float], sweep: Callable, objective: Callable, sweeps: 
     for _ in range(sweeps):
         sweep(levels)
         after = objective(levels)
+        # Sweeps go on for ever by ever smaller steps; these no longer matter.
         if after >= before * (1.0 - _ENOUGH):
             break
         before = after
@@ -271,6 +282,7 @@ def _move_down(distribution: Distribution, low: float, current: float, high: flo
     for _ in range(20):
         if distribution.variance((low, current + step, high)) <= before:
             return current + step
+        # A step over the optimum raises the variance: half of it may not.
         step /= 2.0
     return current
 
@@ -283,6 +295,7 @@ def multiplier(distribution: Distribution, size: int) -> list[float]:
 
     grid = [k / 65 for k in range(1, 65)]
     middle = min(range(64), key=lambda k: variance(grid[k]))
+    # The variance has one valley in p, but only the grid shows where.
     low, high = grid[max(middle - 1, 0)], grid[min(middle + 1, 63)]
     ratio = (math.sqrt(5.0) - 1.0) / 2.0
     for _ in range(40):
@@ -299,6 +312,7 @@ def exact(distribution: Distribution, size: int, stride: int = 1) -> list[float]
     """The optimum among levels at every ``stride``-th edge of bins: shortest path with ``size`` gaps from 0 to 1."""
     edges = np.array(BIN_EDGES[::stride])
     cost = _gap_costs(distribution, edges)
+    # cost[i, 0] is one gap from 0 to edge i; each round adds one more gap before it.
     best, came_from = cost[:, 0], []
     for _ in range(size - 1):
         total = cost + best
@@ -340,6 +354,7 @@ def rate_aware(distribution: Distribution, plain: Distribution, fitted: list[flo
             levels[j] = _best_place(distribution, plain, weight, levels, j)
 
     size = len(fitted) - 1
+    # The objective has many valleys, since a level without coordinates costs no bits.
     candidates = [fitted, *starts(distribution, size), *_stepped(size)]
     return _best_descent(sorted(candidates, key=objective)[:_RATE_STARTS], sweep, objective)
 
@@ -355,6 +370,7 @@ def _stepped(size: int) -> list[list[float]]:
 def _best_place(distribution: Distribution, plain: Distribution, weight: float, levels: list[float], j: int) -> float:
     """Of level j's place and places up to half way to its neighbours, the one with the lowest objective."""
     low, current, high = levels[j - 1 : j + 2]
+    # The neighbours' frequencies change with this level too, and their code words with them.
     below = plain.shares(levels[j - 2], low)[1] if j > 1 else 0.0
     above = plain.shares(high, levels[j + 2])[0] if j + 2 < len(levels) else 0.0
 
@@ -378,6 +394,7 @@ def spread(levels: list[float]) -> list[float]:
     """Keeps neighbours apart by the smallest gap that float32 resolves everywhere on [0, 1]."""
     for j in range(1, len(levels) - 1):
         levels[j] = max(levels[j], levels[j - 1] + _MINIMAL_GAP)
+    # Pushing up may have passed the end, which stays 1: push back down.
     for j in range(len(levels) - 2, 0, -1):
         levels[j] = min(levels[j], levels[j + 1] - _MINIMAL_GAP)
     return levels

@@ -65,8 +65,10 @@ class Game(nn.ModuleDict):
         for player, loss in losses.items():
             if check_type(f"loss of {player}", loss, Tensor).numel() != 1 or not loss.requires_grad:
                 raise ValueError(f"loss of {player} must be one number that depends on parameters, got {loss!r}")
+        # Losses may share their graphs, which the last backward frees for all.
         left = len(losses)
         for player, loss in losses.items():
             left -= 1
+            # A frozen player still has a loss, and nothing to receive its gradient.
             if inputs := [p for p in self[player].parameters() if p.requires_grad]:
                 torch.autograd.backward(loss, inputs=inputs, retain_graph=left > 0)

@@ -36,6 +36,7 @@ class Key:
     def pair(self) -> tuple[int, int]:
         """Two 32-bit numbers, every field mixed in turn by splitmix64's finaliser (Steele et al., 2014)."""
         state = 0
+        # Mixed one by one: XORed, equal differences in two of them would cancel.
         for part in (self.seed, self.rank, self.step, self.stream):
             state = _mix(state * 0xD1342543DE82EF95 + part + 0x9E3779B97F4A7C15)
         return state & 0xFFFFFFFF, state >> 32
@@ -59,6 +60,7 @@ def stream_of(phase: int = 0, part: int = 0, shard: int = 0) -> int:
     check_integer("phase", phase, 0, PHASES - 1)
     check_integer("part", part, 0, PARTS - 1)
     check_integer("shard", shard, 0, SHARDS - 1)
+    # The phase lowest, so that a vector in one message has streams 0 and 1.
     return phase + PHASES * (part + PARTS * shard)
 
 

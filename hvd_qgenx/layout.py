@@ -92,6 +92,7 @@ class Layout:
         Segments stay whole where they fit; larger ones are cut at buckets. No piece of a segment is so small that it
         would travel as float32 where the segment does not.
         """
+        # At least one coordinate, or no part would ever be full.
         most = max(check_integer("num_bytes", num_bytes, 1) // _BYTES, 1)
         return tuple(self._gather(self._pieces(most), most))
 
@@ -102,7 +103,9 @@ class Layout:
         check_integer("ranks", ranks, 1)
         shards: list[list[Slice]] = [[] for _ in range(ranks)]
         before = 0
+        # Pieces of a 32nd of a shard: even shards, and few slices.
         for piece in self._pieces(max(self._unit, -(-self.numel // (32 * ranks)))):
+            # A piece goes to the owner of its middle, so that sizes err in both directions.
             middle = before + (piece.stop - piece.start) / 2
             shards[min(int(middle * ranks / max(self.numel, 1)), ranks - 1)].append(piece)
             before += piece.stop - piece.start
@@ -118,6 +121,7 @@ class Layout:
         step = max(most // self._unit, 1) * self._unit
         for segment, size in enumerate(self.sizes):
             start = 0
+            # The rest must be long enough to be coded, as the segment it belongs to is.
             while size - start > max(most, step) and size - start - step >= self._unit:
                 yield Slice(segment, start, start + step)
                 start += step
@@ -128,6 +132,7 @@ class Layout:
         held = 0
         for piece in pieces:
             numel = piece.stop - piece.start
+            # A piece that is too large by itself still needs a part.
             if held and held + numel > most:
                 groups.append([])
                 held = 0

@@ -38,12 +38,14 @@ class Levels:
         try:
             if isinstance(self.values, str):
                 raise TypeError
+            # The core holds float32, so what is checked below is what it will hold.
             rounded = tuple(float(np.float32(value)) for value in self.values)
         except (TypeError, ValueError):
             raise ValueError(f"levels must be a sequence of numbers, got {self.values!r}") from None
         if not 2 <= len(rounded) <= MAX_LEVELS + 1:
             raise ValueError(f"levels must have between 2 and {MAX_LEVELS + 1} values, got {len(rounded)}")
         rises = all(low < high for low, high in pairwise(rounded))
+        # Two float64 may be one float32: levels must differ in what travels.
         if rounded[0] != 0.0 or rounded[-1] != 1.0 or not rises:
             raise ValueError(f"levels must rise strictly from 0 to 1 in float32, got {_shorten(rounded)}")
         if min(high - low for low, high in pairwise(rounded)) < 2.0**-126:
@@ -100,6 +102,7 @@ class Levels:
         levels = FITS[method](found, size)
         if check_non_negative("rate_weight", rate_weight) > 0.0:
             plain = found if plain_counts is None else Distribution(plain_counts)
+            # The fit of the variance alone is a start: codes are short where levels are few.
             levels = rate_aware(found, plain, levels, rate_weight)
         return cls(tuple(spread(levels)))
 
@@ -120,6 +123,7 @@ class Levels:
         coordinates at once. Each level moves by at most 2**-8 of itself.
         """
         bits = np.array(self.values, np.float32).view(np.uint32)
+        # bfloat16 is the upper half of a float32, rounded to nearest with halves to even.
         upper = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16  # to nearest, halves to even
         apart = self.num_levels <= 7 and bool(np.all(upper[1:] > upper[:-1]))
         return Levels(tuple((upper << 16).view(np.float32).tolist())) if apart else self
@@ -133,6 +137,7 @@ class Levels:
         check_integer("numel", numel, 1)
         check_choice("norm", norm, NORMS)
         positive = self.values[1:]
+        # A single positive level has no ratio; the first term is then zero.
         ratio = max((high / low for low, high in pairwise(positive)), default=1.0)
         first = positive[0]
         small = first * math.sqrt(numel) - 1.0 if numel >= (2.0 / first) ** 2 else first**2 * numel / 4.0

@@ -73,6 +73,7 @@ def bound(layout: Layout, codebook: Codebook, inline: bool) -> int:
         for size in layout.coded_sizes
     )
     own = inline_bytes(codebook.levels) if inline else 0
+    # 6 bytes a bucket: its norm and the length of its code.
     sections = 8 * len(layout.sizes) + 4 * layout.raw_numel + 6 * layout.num_buckets + coded
     return FIXED.size + own + sections + CHECKSUM.size
 
@@ -92,6 +93,7 @@ def read_fields(data: memoryview) -> dict:
 def read_sizes(data: memoryview) -> tuple[int, ...]:
     """The coordinates of each segment; raises ValueError or struct.error where the payload is too short for them."""
     fields = read_fields(data)
+    # An inline codebook lies between the header and the sizes.
     start = FIXED.size + (6 * fields["num_levels"] + 1 if fields["flags"] & INLINE else 0)
     return tuple(np.frombuffer(data, "<u8", fields["num_segments"], start).tolist())
 

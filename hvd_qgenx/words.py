@@ -44,11 +44,13 @@ def huffman_lengths(counts: Sequence[int]) -> tuple[int, ...]:
     bits; a symbol's length is the number of the first 2 n - 2 packages of the last merge that hold it.
     Source: Larmore and Hirschberg, "A fast algorithm for optimal length-limited Huffman codes", 1990.
     """
+    # A symbol that did not occur may occur later, and must have a word then.
     singles: list[tuple[int, tuple[int, ...]]]
     singles = sorted((max(int(count), 1), (index,)) for index, count in enumerate(counts))
     packages = singles
     for _ in range((FEW_WORD if len(counts) <= FEW else MAX_WORD) - 1):
         pairs = [(a + b, c + d) for (a, c), (b, d) in zip(packages[::2], packages[1::2], strict=False)]
+        # sorted is stable: of equal weights, symbols come before pairs and lower before higher.
         packages = sorted(singles + pairs, key=lambda package: package[0])
     lengths = [0] * len(counts)
     for _, members in packages[: 2 * len(counts) - 2]:
@@ -63,11 +65,13 @@ def canonical_words(lengths: Sequence[int]) -> tuple[str, ...]:
     Raises:
         CodeError: if the lengths break Kraft's inequality.
     """
+    # In units of the longest word, so that Kraft's sum stays in integers.
     longest = max(lengths)
     if sum(1 << (longest - length) for length in lengths) > 1 << longest:
         raise CodeError("code lengths that break Kraft's inequality")
     words, code, previous = [""] * len(lengths), -1, 0
     for length, index in sorted((length, index) for index, length in enumerate(lengths)):
+        # Growing appends zeros: longer words follow all shorter ones.
         code = (code + 1) << (length - previous)
         previous = length
         words[index] = f"{code:0{length}b}" if length else ""

@@ -29,6 +29,7 @@ def _find() -> Backend:
     if asked == "specification":
         return Specification()
     best = best_path()
+    # The portable path runs everywhere; another that was asked for must be there.
     if asked not in (None, best, "portable"):
         raise ImportError(f"{SWITCH} must be one of {', '.join(BACKENDS)} that this machine has, got {asked!r}")
     return Compiled(asked or best)

@@ -119,6 +119,7 @@ class Compiled(Backend):
         self.name, self._path = path, _PATHS[path]
 
     def encode(self, codebook, norm, layout, key, segments, out, inline):
+        # The core believes pointers: what does not fit the layout must stop here.
         lengths, pointers = _segments(segments)
         if lengths != list(layout.sizes):
             raise ValueError(f"segments must have the layout's {layout.numel} coordinates, got {sum(lengths)}")
@@ -188,12 +189,14 @@ def _layout(layout: Layout) -> _Layout:
 
 
 def _encoding(key: Key, norm: str, inline: bool) -> _Encoding:
+    # Mixed here, once a payload: the core has no part in how keys are made.
     mixed = (c_uint32 * 2)(*key.pair)
     return _Encoding(key.seed, key.step, key.rank, key.stream, mixed, NORMS.index(norm), inline)
 
 
 def _segments(tensors: Sequence[Tensor]) -> tuple[list[int], Array]:
     """The coordinates of each tensor, and where each begins."""
+    # Cheap questions first: they are asked of every parameter in every exchange.
     for tensor in tensors:
         if not (tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()):
             _check(tensor, torch.float32)
@@ -215,6 +218,7 @@ def _places(sections: Sequence[Sequence[int]], count: int) -> Array:
 
 def _call(function: str, *arguments) -> None:
     """Calls the core; only what it says of a payload blames one."""
+    # A buffer of its own for each call: several threads may be in the core at once.
     message = ctypes.create_string_buffer(_MESSAGE)
     status = getattr(_library(), function)(*arguments, message)
     if status:

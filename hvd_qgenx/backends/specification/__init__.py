@@ -32,6 +32,7 @@ __all__ = ["Quantized", "Specification", "quantize", "received"]
 
 def quantize(codebook: Codebook, norm: str, layout: Layout, key: Key, vector: Tensor) -> Quantized:
     """The first half of ``encode``: draws a symbol for every coordinate that is not raw."""
+    # Positions of draws count raw coordinates too, so that cutting is the only thing that moves them.
     is_coded = _coded_mask(layout)
     buckets, coded = Buckets.cut(layout), vector[is_coded]
     norms = bucket_norms(coded, buckets, norm)

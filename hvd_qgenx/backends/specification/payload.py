@@ -97,6 +97,7 @@ def parse(payload: Tensor, numel: int | None = None) -> Parsed:
     fields = _parse_fixed(data)
     expect(numel is None or fields["numel"] == numel, f"numel is {fields['numel']}, expected {numel}")
     cursor = _Cursor(data, FIXED.size)
+    # Only after the numel that the caller expects: nothing is made before that fits.
     codebook = _parse_inline(cursor, fields) if fields["flags"] & INLINE else None
     total = sum(cursor.take("sizes", "<u8", fields["num_segments"]).tolist())
     expect(total == fields["numel"], f"sizes add up to {total}, numel is {fields['numel']}")
@@ -155,6 +156,7 @@ def _parse_sections(cursor: _Cursor, header: Header, codebook: Codebook | None) 
     num_buckets = header.layout.num_buckets
     raw = cursor.take("raw", "<f4", header.layout.raw_numel)
     norms = cursor.take("norms", "<f4", num_buckets)
+    # Encoders say NaN of what is not finite; an infinity could turn a mean into NaN unseen.
     expect(not bool(np.isinf(raw).any()), "raw holds an infinite number")
     expect(not bool(np.any((norms < 0) | np.isinf(norms))), "norms hold a negative or infinite number")
     byte_lengths = _byte_lengths(cursor, header)
@@ -187,6 +189,7 @@ class _Cursor:
 
     def take(self, field: str, dtype: str, count: int) -> np.ndarray:
         item, left = np.dtype(dtype).itemsize, self.end - self.position
+        # In Python's integers, which cannot wrap around.
         expect(item * count <= left, f"{field} need {count} items of {item} bytes, {left} bytes are left")
         section = np.frombuffer(self.data, dtype, count, self.position)
         self.position += item * count

@@ -14,6 +14,7 @@ def write_planes(planes: list[tuple[Tensor, Tensor]], num_buckets: int) -> tuple
     counts = [torch.bincount(owner, minlength=num_buckets) for owner, _ in planes]
     bit_lengths = torch.stack(counts).sum(dim=0)
     byte_lengths = (bit_lengths + 7) // 8
+    # Buckets start at bytes, so that they can be written and read apart.
     cursor = 8 * (byte_lengths.cumsum(0) - byte_lengths)
     bits = torch.zeros(8 * int(byte_lengths.sum()), dtype=torch.uint8, device="cpu")
     for (owner, values), count in zip(planes, counts, strict=True):
@@ -47,6 +48,7 @@ class Reader:
     def read(self, owner: Tensor) -> Tensor:
         """The next bit of the bucket of each owner, which are sorted."""
         count = torch.bincount(owner, minlength=len(self.cursor))
+        # Before anything is read: a length is the sender's word.
         if bool((self.cursor + count > self.end).any()):
             raise CodeError("a bucket whose code words pass its end")
         bits = self.bits[_positions(owner, count, self.cursor)]
@@ -54,6 +56,7 @@ class Reader:
         return bits
 
     def finish(self) -> None:
+        # A whole byte too many, or a bit set in the padding, is nothing that an encoder writes.
         rest = self.end - self.cursor
         if bool((rest >= 8).any()) or bool(self.bits[_positions(*_counted(rest), self.cursor)].any()):
             raise CodeError("a bucket with bits behind its code words")

@@ -64,6 +64,7 @@ def reals(values) -> Tensor:
 
 def buckets_as_rows(vector: Tensor, lengths: Tensor) -> Tensor:
     """float32[B, w]: one bucket a row, zeros behind, w a multiple of ``NORM_LANES``."""
+    # Zeros at the end add nothing to a sum of squares, nor to a maximum.
     width = -(-int(lengths.max()) // NORM_LANES) * NORM_LANES
     columns = counting(width)
     rows = torch.zeros(len(lengths), width, dtype=torch.float32, device="cpu")
@@ -77,6 +78,7 @@ def l2_norms(rows: Tensor) -> Tensor:
     The order is fixed: lane j of 16 adds v_j^2, v_{j+16}^2, ... in float64 (a square of float32 is exact there and
     cannot overflow), then lanes fold in halves. The norm is infinite if it exceeds the largest float32.
     """
+    # The square of a float32 is exact in float64: only the sums round, in this order.
     squares = rows.double().square().view(len(rows), -1, NORM_LANES)
     lanes = squares[:, 0].clone()
     for column in range(1, squares.shape[1]):
@@ -112,6 +114,7 @@ def draws(pair: tuple[int, int], starts: Tensor, lengths: Tensor, bits: int) -> 
     and beyond 2**32 coordinates the second number differs.
     """
     bucket_of = torch.repeat_interleave(counting(len(lengths)), lengths)
+    # The place within the bucket: backends then need no counter but a bucket's own.
     i = counting(len(bucket_of)) - (lengths.cumsum(0) - lengths)[bucket_of]
     start = starts[bucket_of]
     x = (start + 8 * (i // 16) + i % 8 + pair[0]) & _LOW_32
@@ -124,6 +127,7 @@ def draws(pair: tuple[int, int], starts: Tensor, lengths: Tensor, bits: int) -> 
 
 def _multiply(x: Tensor, factor: int) -> Tensor:
     """x * factor modulo 2**32, in halves, so that int64 never overflows."""
+    # The low half times a 32-bit factor stays below 2**48.
     high = ((x >> 16) * factor & 0xFFFF) << 16
     return (high + (x & 0xFFFF) * factor) & _LOW_32
 
@@ -138,6 +142,7 @@ def _scaled(vector: Tensor, norms: Tensor, bucket_of: Tensor, top: float) -> Ten
     norms = torch.where(usable, norms, 1.0)
     scale = torch.where(norms > 2.0**100, reals(2.0**-100), reals(1.0))
     scale = torch.where(norms < 2.0**-100, reals(2.0**100), scale)
+    # One division a bucket; a product for each coordinate is what all backends can do alike.
     factor = top / (norms * scale)
     magnitude = (vector.abs() * scale[bucket_of] * factor[bucket_of]).clamp_(max=top)
     return torch.where(usable[bucket_of], magnitude, 0.0)
@@ -158,10 +163,12 @@ def round_to_levels(vector: Tensor, norms: Tensor, bucket_of: Tensor, levels: Le
     """
     bits = draw_bits(levels)
     if levels.is_uniform:
+        # top is a power of two times s: phi comes out in units of the draw.
         phi = _scaled(vector, norms, bucket_of, float(levels.num_levels << bits))
         return (phi.round().long() + draw) >> bits
     table = reals(levels.values)
     u = magnitudes(vector, norms, bucket_of)
+    # u = 1 belongs to the last gap, whose upper end it is.
     lower = (torch.searchsorted(table, u, right=True) - 1).clamp_(max=levels.num_levels - 1)
     part = (u - table[lower]) * (1.0 / (table[1:] - table[:-1]))[lower] * 2.0**bits
     return lower + ((part.round().long() + draw) >> bits)
@@ -170,12 +177,14 @@ def round_to_levels(vector: Tensor, norms: Tensor, bucket_of: Tensor, levels: Le
 def dequantize(symbols: Tensor, norms: Tensor, bucket_of: Tensor, levels: Levels) -> Tensor:
     """float32[n]: sign(symbol) * l_|symbol| * norm; NaN throughout a bucket whose norm is NaN."""
     positive = reals(levels.values)
+    # A table for both signs: sign times level is exact, so this is the same product.
     table = torch.cat((-positive.flip(0)[:-1], positive))
     return table[symbols.long() + levels.num_levels] * norms[bucket_of]
 
 
 def histogram(u: Tensor, weights: Tensor) -> Tensor:
     """int64[NUM_BINS]: the sum of the int64 ``weights`` of the magnitudes in each bin of ``fitting.BIN_EDGES``."""
+    # The exponent and 5 bits of the mantissa are the bin: no logarithm, no rounding.
     bins = (u.view(torch.int32) >> _FLOAT_SHIFT).long() - _FIRST_BIN + 1
     counts = torch.zeros(NUM_BINS, dtype=torch.int64, device="cpu")
     return counts.index_add_(0, bins.clamp_(0, NUM_BINS - 1), weights)
@@ -188,6 +197,7 @@ def bucket_norms(vector: Tensor, buckets: Buckets, norm: str) -> Tensor:
     rows = buckets_as_rows(vector, buckets.lengths)
     norms = l2_norms(rows) if norm == "l2" else linf_norms(rows)
     broken = torch.zeros(int(buckets.segment_of[-1]) + 1, dtype=torch.bool, device="cpu")
+    # One bad coordinate makes the parameter's mean useless, not the bucket's alone.
     broken[buckets.segment_of[~norms.isfinite()]] = True
     return torch.where(broken[buckets.segment_of], torch.nan, norms)
 
@@ -201,11 +211,13 @@ def draw_symbols(vector: Tensor, norms: Tensor, buckets: Buckets, levels: Levels
 
 def bucket_weights(norms: Tensor) -> tuple[int, Tensor, Tensor]:
     """An exponent, floor(norm^2 / 2**exponent) and one for each bucket; zeros where a norm is zero or not finite."""
+    # A bucket of zeros or of NaN has no normalised magnitudes.
     usable = norms.isfinite() & (norms > 0)
     squares = torch.where(usable, norms.double().square(), 0.0)
     heaviest = float(squares.max()) if len(squares) else 0.0
     if heaviest == 0:
         return NO_WEIGHT, torch.zeros(len(squares), dtype=torch.int64, device="cpu"), usable.long()
+    # A power of two, so that weights of all ranks can be shifted to one unit exactly.
     exponent = math.frexp(heaviest)[1] - _WEIGHT_BITS
     return exponent, (squares * 2.0**-exponent).long(), usable.long()
 

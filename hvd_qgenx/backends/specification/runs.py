@@ -30,6 +30,7 @@ def run_plane(kind: str, ends: Tensor, counts: list[int]) -> tuple[Tensor, Tenso
     for bucket, part in enumerate(ends.split(counts)):
         places = part.nonzero().view(-1).tolist()
         runs = [place - before - 1 for before, place in zip([-1, *places], places, strict=False)]
+        # A bucket that ends in a non-zero has no last run: its end is known.
         left = len(part) - 1 - (places[-1] if places else -1)
         text = _omega_runs(runs, left) if kind == "omega" else _rice_runs(runs, left, len(part) - len(places))
         text = text if len(part) else ""
@@ -58,9 +59,11 @@ def read_runs(kind: str, reader: Reader, counts: list[int]) -> Tensor:
             run = _read_omega(reader, bucket) - 1 if kind == "omega" else _read_rice(reader, bucket, k, left)
             if run > left:
                 raise CodeError("a bucket whose code words pass its end")
+            # Beyond the bucket's end this is an empty slice: the last run ends there.
             ends[place + run : place + run + 1] = True
             place += run + 1
         found = int(ends.sum())
+        # Two encodings of one bucket would make equal means from unequal bytes.
         if kind == "rice" and k != rice_parameter(len(ends) - found, found + 1):
             raise CodeError("a Rice parameter that no encoder writes")
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool, device="cpu")

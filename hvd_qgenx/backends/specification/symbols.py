@@ -32,6 +32,7 @@ def _word_planes(code: Code, symbols: Tensor, buckets: Buckets) -> list[tuple[Te
     for stage in range(code.stages):
         ends = symbols[elements].abs() > stage
         planes.append(run_plane(code.runs, ends, _counts(elements, buckets)))
+        # Those inside runs have no word; those that end one go on to the next stage.
         inside, elements = elements[~ends], elements[ends]
         if stage:
             planes.append((buckets.bucket_of[inside], symbols[inside] < 0))
@@ -56,6 +57,7 @@ def _read_words(code: Code, reader: Reader, buckets: Buckets) -> Tensor:
         inside, elements = elements[~ends], elements[ends]
         if stage:
             symbols[inside] = 1 - 2 * reader.read(buckets.bucket_of[inside]).to(torch.int8)
+    # Decoding walks the tree for all elements at once: a list of them for each prefix.
     passing, leaves = {"": elements}, _leaves(code)
     for _ in range(code.depth):
         passing = _read_depth(leaves, reader, buckets, passing, symbols)
@@ -66,6 +68,7 @@ def _read_depth(
     leaves: dict[str, int], reader: Reader, buckets: Buckets, passing: dict[str, Tensor], symbols: Tensor
 ) -> dict[str, Tensor]:
     """The next bit of the elements that pass each prefix; sets the symbols of those whose words end there."""
+    # In the vector's order: that is how the encoder wrote this depth.
     elements = torch.cat(list(passing.values())).sort().values
     bits = torch.zeros(len(symbols), dtype=torch.bool, device="cpu")
     bits[elements] = reader.read(buckets.bucket_of[elements]).bool()
@@ -74,6 +77,7 @@ def _read_depth(
         for word, found in ((prefix + "0", part[~bits[part]]), (prefix + "1", part[bits[part]])):
             if word in leaves:
                 symbols[found] = leaves[word]
+            # A prefix of no word is damage, if anything passes it.
             elif any(leaf.startswith(word) for leaf in leaves):
                 longer[word] = found
             elif len(found):
