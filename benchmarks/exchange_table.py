@@ -77,6 +77,8 @@ def _cell_table(rows: list[dict]) -> str:
         f"{first['hosts']} hosts, {place}; timed: {first['mode']}. The hosts share {cores}, "
         "so codec time counts against what is coded."
     )
+    if any(row["this_over_wire"] and float(row["this_over_wire"]) < 1 for row in rows):
+        title += " A link lets 256 KiB through at once: what is not many times larger can be faster than its bound."
     return "\n".join([title, "", *_markdown(HEADINGS.values(), [_cells(row) for row in rows])])
 
 

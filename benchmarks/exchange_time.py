@@ -14,7 +14,8 @@ its slowest rank is through. Before anything is timed, every method's mean is co
 Hosts are those of benchmarks/laboratory.py. **They share this machine's cores**: what is computed for an exchange, the
 codec's work above all, takes as many times longer as there are hosts for each core, and counts against whoever
 computes more. The wire bound is that of a rate without headers, from the bytes handed to collectives: a ring allreduce
-of B bytes puts 2 (K - 1) / K B of every host on its link, an allgather (K - 1) B, an alltoall (K - 1) / K B.
+of B bytes puts 2 (K - 1) / K B of every host on its link, an allgather (K - 1) B, an alltoall (K - 1) / K B. A link's
+bucket lets 256 KiB through at once, so what is not many times larger can be faster than its bound.
 """
 
 from __future__ import annotations

@@ -125,6 +125,7 @@ def test_the_table_has_the_newest_row_of_every_method_and_what_eight_hosts_cost_
     table = exchange_table.table(exchange_table.newest(tmp_path))
     assert table.count("| wrapper_4 | allgather | 48 (48 to 48) |") == 1 and "| 24 (24 to 24) |" not in table
     assert "3 hosts, links of 1mbit; timed: step. The hosts share 2 cores, so codec time counts" in table
+    assert "256 KiB" in table, "500 bytes a host and 9 ms are faster than 1 Mbit/s"
     assert table.endswith("| 1mbit | vector:1000 | step | wrapper_4 | allgather | 9 | 48 | 5.33 |")
 
 

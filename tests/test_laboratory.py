@@ -121,6 +121,7 @@ def test_every_host_has_its_own_name_and_lets_the_others_in(three):
 
 
 @parallel
+@pytest.mark.slow
 @needs_laboratory
 def test_horovod_sees_as_many_hosts_as_there_are(three):
     code = """
@@ -135,6 +136,7 @@ assert torch.equal(hvd.allreduce(torch.arange(5.0) * hvd.rank(), op=hvd.Sum), to
 
 
 @parallel
+@pytest.mark.slow
 @needs_laboratory
 def test_a_failure_on_one_host_is_the_run_s(three):
     code = "import horovod.torch as hvd; hvd.init(); raise SystemExit(hvd.rank() == 2)"
@@ -144,6 +146,7 @@ def test_a_failure_on_one_host_is_the_run_s(three):
 
 
 @parallel
+@pytest.mark.slow
 @needs_laboratory
 def test_a_job_that_takes_too_long_is_ended_on_all_hosts_and_the_next_one_runs(three):
     quiet = three.processes()
@@ -190,6 +193,7 @@ def test_two_laboratories_do_not_meet():
 
 
 @parallel
+@pytest.mark.slow
 @needs_laboratory
 def test_what_a_laboratory_made_is_gone_afterwards():
     before = machine()
