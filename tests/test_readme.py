@@ -18,6 +18,8 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
         ("docs/speed.md", "codec_speed", ""),
         ("docs/levels.md", "staleness", ""),
         ("docs/levels.md", "levels_table", ""),
+        ("docs/exchange.md", "two_phase_error", ""),
+        ("docs/exchange.md", "exchange_memory", ""),
     ],
 )
 def test_tables_are_those_of_the_committed_rows(monkeypatch, page, benchmark, option):
