@@ -83,7 +83,8 @@ def measure(ranks: int, correlation: float, bits: int) -> list[dict]:
 
 def table() -> str:
     """The widths that are taken."""
-    newest = [row for row in csv.DictReader(RESULTS.open()) if row["taken"] == "1"]
+    with open(RESULTS) as file:
+        newest = [row for row in csv.DictReader(file) if row["taken"] == "1"]
     lines = ["| ranks | correlation | bits | bits of the mean | error over allgather's |", "|---|---|---|---|---|"]
     lines += [
         f"| {row['ranks']} | {row['correlation']} | {row['bits']} | {row['mean_bits']} | {row['ratio']} |"
