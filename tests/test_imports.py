@@ -44,11 +44,13 @@ ROOMS = [
     "exchange.two_phase",
     "exchange.dense",
     "exchange.coded",
+    "exchange.ahead",
     "exchange",
     "compressor",
     "extragradient",
     "dual",
     "games",
+    "overlap",
     "distributed",
 ]
 #: The rooms that know Horovod.

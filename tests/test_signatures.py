@@ -55,7 +55,7 @@ def test_the_wrapper_takes_every_keyword_of_horovods_and_exchange():
     theirs = inspect.signature(hvd.DistributedOptimizer).parameters
     ours = inspect.signature(hvd_qgenx.DistributedOptimizer).parameters
     assert list(ours)[: len(theirs)] == list(theirs)
-    assert list(ours)[len(theirs) :] == ["exchange"]
+    assert list(ours)[len(theirs) :] == ["exchange", "overlap"]
     for name, parameter in theirs.items():
         if name != "compression":
             assert ours[name].default == parameter.default, name
@@ -97,7 +97,7 @@ def horovod():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exchange": "ring"}, "exchange must be one of 'auto', 'allgather', got 'ring'"),
+        ({"exchange": "ring"}, "exchange must be one of 'auto', 'allgather', 'two_phase', got 'ring'"),
         ({"backward_passes_per_step": 0}, "backward_passes_per_step must be an integer at least 1"),
         ({"gradient_predivide_factor": -1.0}, "gradient_predivide_factor must be a positive number"),
         ({"gradient_predivide_factor": 2.0, "op": hvd.Sum}, "gradient_predivide_factor must be 1 unless"),
@@ -108,6 +108,7 @@ def horovod():
         ({"compression": "qgenx"}, "compression must be one of"),
         ({"process_set": "all"}, "process_set must be a horovod.torch.ProcessSet"),
         ({"process_set": None}, "process_set must be a horovod.torch.ProcessSet"),
+        ({"overlap": 1}, "overlap must be a bool"),
         ({"sparse_as_dense": "no"}, "sparse_as_dense must be a bool"),
         ({"named_parameters": 5}, "named_parameters must be"),
         (

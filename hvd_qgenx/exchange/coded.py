@@ -119,7 +119,8 @@ class CodedExchange(Exchange):
         # Levels of the mean are fitted to one that all ranks know to the bit, before they are used.
         plan = self.allgather if self._fits_mean else self.plan
         flights = [
-            plan.start(self._codecs, self._outgoing(fused, part, index, stage)) for index, part in enumerate(parts)
+            plan.start(self._codecs, self._outgoing(part.cut(fused.segments), part, index, stage))
+            for index, part in enumerate(parts)
         ]
         self._departed(flights)
         return Submitted(fused, parts, flights)
@@ -128,8 +129,7 @@ class CodedExchange(Exchange):
         """All ranks cut alike: by the sizes of all parameters, those included that this rank lacks now."""
         return self.codec.layout(self.sizes).parts(self.part_bytes or _WHOLE)
 
-    def _outgoing(self, fused: Fused, part: Part, index: int, stage: str) -> Outgoing:
-        segments = part.cut(fused.segments)
+    def _outgoing(self, segments: Sequence[Tensor], part: Part, index: int, stage: str) -> Outgoing:
         return Outgoing(
             segments,
             part.layout,

@@ -1,7 +1,8 @@
 """The verbs of an exchange, declared once: the mean of a list of tensors over ranks.
 
 A caller says ``fuse``, ``settle``, ``adapt_if_due``, ``submit`` and ``collect``, in this order. A parameter may be
-absent (None) on some ranks, which counts as zero, or on all, which stays None.
+absent (None) on some ranks, which counts as zero, or on all, which stays None. Before them it may ``start`` some of the
+``parts``, each as soon as its tensors are known; what of it no longer holds it must ``give_up``.
 
 Algorithm 1 needs a rank's own vector again, in the next exchange. ``submit(keep=True)`` keeps it, and those of all
 ranks, so that ``state_dict`` is equal on all of them.
@@ -23,6 +24,7 @@ from torch import Tensor
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.exchange.agreement import agree, leader_of, share_state
 from hvd_qgenx.exchange.message import DisagreementError, Envelope, Messenger
+from hvd_qgenx.layout import Part
 from hvd_qgenx.transports import Transport
 
 OPERATIONS = ("mean", "sum")
@@ -142,6 +144,28 @@ class Exchange(ABC):
             PayloadError: if what another rank sent is damaged.
             FloatingPointError: on every rank, under nonfinite="raise".
         """
+
+    # ---- before them, where a vector need not be whole to be sent ----------------------------------------------------
+
+    def parts(self) -> Sequence[Part]:
+        """What ``start`` takes, cut from all tensors that were described; none where everything starts at once."""
+        return ()
+
+    def start(self, part: int, tensors: Sequence[Tensor | None], stage: str, starts_iteration: bool = True) -> bool:
+        """Sends one part of the coming exchange ahead of ``submit``, if that can be; says whether it did.
+
+        Ranks need not start the same parts, nor at the same time. It cannot be before ranks have settled, when levels
+        are due to be fitted, and for part 0, which always starts in ``submit``.
+
+        Args:
+            part: index into ``parts``.
+            tensors: whole, one for each slice of the part; None for one that is absent.
+            stage, starts_iteration: as ``submit`` and ``adapt_if_due`` will be told.
+        """
+        return False
+
+    def give_up(self) -> None:  # noqa: B027 - nothing was started
+        """What was started is no longer what this rank means to send. The exchange then takes a second round."""
 
     # ---- around them -------------------------------------------------------------------------------------------------
 

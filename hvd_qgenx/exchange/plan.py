@@ -83,6 +83,10 @@ class Flight(ABC):
     mean_drawn: Drawn | None = None
 
     @abstractmethod
+    def landed(self) -> list[Envelope]:
+        """What all ranks' messages of the first phase say of themselves, not compared yet; waits for them."""
+
+    @abstractmethod
     def advance(self) -> None:
         """Starts what comes after the first phase; called for every flight before any is collected."""
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hvd_qgenx.backends import Drawn
 from hvd_qgenx.exchange.allgather import Arrived
-from hvd_qgenx.exchange.message import ENVELOPE_BYTES, compare, seal, size_class, split
+from hvd_qgenx.exchange.message import ENVELOPE_BYTES, Envelope, compare, seal, size_class, split
 from hvd_qgenx.exchange.plan import Codecs, Flight, Outgoing, Plan
 from hvd_qgenx.layout import Part
 from hvd_qgenx.payload import bound
@@ -77,9 +78,17 @@ class TwoPhaseFlight(Flight):
         drawn = self.codec.encode_segments(segments, layout, key, buffer[ENVELOPE_BYTES:])
         return drawn, seal(self.outgoing.envelope, buffer, drawn.size)
 
+    def landed(self) -> list[Envelope]:
+        return self._messages[0]
+
+    @cached_property
+    def _messages(self) -> tuple[list[Envelope], list[Tensor]]:
+        """All ranks' payloads of the shard that this rank owns."""
+        return split(self._pending.wait())
+
     def advance(self) -> None:
         """Averages the shard that this rank owns and sends the mean."""
-        envelopes, payloads = split(self._pending.wait())
+        envelopes, payloads = self._messages
         compare(envelopes, self.messenger.transport.size)
         arrived = Arrived(self.codec, envelopes, payloads)
         sizes = arrived.common_sizes()
