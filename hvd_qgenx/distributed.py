@@ -11,6 +11,7 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
+from hvd_qgenx.adaptation import Settings
 from hvd_qgenx.checks import (
     check_choice,
     check_integer,
@@ -19,11 +20,21 @@ from hvd_qgenx.checks import (
     check_process_set,
     check_type,
 )
-from hvd_qgenx.compressor import Compression, QGenXCompressor
-from hvd_qgenx.exchange import PLANS, AheadExchange, Alone, CodedExchange, DenseExchange, Exchange
+from hvd_qgenx.communication import Communication
+from hvd_qgenx.compressor import Compression, NoneCompressor, QGenXCompressor
+from hvd_qgenx.exchange import (
+    PLANS,
+    AheadExchange,
+    Alone,
+    CodedExchange,
+    DenseExchange,
+    Exchange,
+    HierarchicalExchange,
+)
 from hvd_qgenx.extragradient import OptimizerView
 from hvd_qgenx.overlap import PART_BYTES, Overlap
-from hvd_qgenx.transports.horovod import HorovodTransport
+from hvd_qgenx.transports import Transport
+from hvd_qgenx.transports.horovod import HorovodTransport, Hosts, hosts_of
 
 EXCHANGES = ("auto", *PLANS)
 _MEMORY = "hvd_qgenx"
@@ -81,6 +92,10 @@ class DistributedOptimizer(_Materialising):
             half-step; the same bits as in parts of that size without. Gradients must then not be changed between
             backward and half-step except after ``synchronize``. Nothing starts early where ``compression`` is none or
             fp16, for ``QGenX``, for networks below 4 MiB, in the first exchange and in those that fit levels.
+        hierarchical: the ranks of a host first add up their gradients, in float32, one of them exchanges coded with
+            the other hosts, and its host takes over the result. Hosts are found by Horovod's local ranks, or given,
+            as (host, leaders): the process sets of this rank's host and of the first ranks of all hosts. To be passed
+            by all ranks of the job; needs HOROVOD_DYNAMIC_PROCESS_SETS=1 unless given. Not for ``QGenX``.
 
     Raises:
         ValueError: naming the argument and what is allowed.
@@ -105,6 +120,7 @@ class DistributedOptimizer(_Materialising):
         process_set=hvd.global_process_set,
         exchange: str = "auto",
         overlap: bool = False,
+        hierarchical: bool | tuple = False,
     ):
         _check_optimizer(optimizer)
         super().__init__(optimizer)
@@ -117,10 +133,12 @@ class DistributedOptimizer(_Materialising):
         _check_predivide(gradient_predivide_factor, op)
         self.sparse_as_dense = sparse_as_dense
         self._names = _names(self, named_parameters)
+        _check_started()
         # What needs every rank's own vector has it whole in one message.
         ahead = overlap and not hasattr(optimizer, "squared_difference")
-        self._exchange = _make_exchange(compression, process_set, op, gradient_predivide_factor, exchange, ahead)
-        self._options = f"overlap={overlap}"
+        hosts = _hosts(hierarchical, optimizer, compression, process_set)
+        self._exchange = _make_exchange(compression, process_set, op, gradient_predivide_factor, exchange, ahead, hosts)
+        self._options = f"overlap={overlap}, hierarchical={bool(hierarchical)}"
         self._overlap = Overlap(self._start_part, backward_passes_per_step)
         self._describe()
         self._should_synchronize, self._synchronized, self._placeholder = True, False, False
@@ -278,10 +296,15 @@ class DistributedOptimizer(_Materialising):
         # Now, since levels that are fitted below would read the last exchange's vectors wrongly.
         before = self._look_ahead(parameters) if ends_difference else []
         term = (lambda received: _squared_distance(before, received)) if ends_difference else None
-        fused = self._exchange.fuse([self._gradient(p) for p in parameters])
+        starts, keeps = self._starts_iteration(stage), self._keeps(stage)
+        try:
+            fused = self._exchange.fuse([self._gradient(p) for p in parameters])
+        except ValueError:
+            self._exchange.refuse(starts, whole=ends_difference or keeps)
+            raise
         self._exchange.settle()
-        self._exchange.adapt_if_due(fused, self._starts_iteration(stage))
-        submitted = self._exchange.submit(fused, stage, term, self._keeps(stage))
+        self._exchange.adapt_if_due(fused, starts)
+        submitted = self._exchange.submit(fused, stage, term, keeps)
         collected = self._exchange.collect(submitted, self._ordered_names)
         for p, mean in zip(parameters, collected.means, strict=True):
             _assign(p, mean)
@@ -318,7 +341,6 @@ class DistributedOptimizer(_Materialising):
         if p.grad is None or not p.grad.is_sparse:
             return p.grad
         if not self.sparse_as_dense:
-            self._exchange.refuse()
             raise ValueError(f"the gradient of {self._names[p]} is sparse: pass sparse_as_dense=True")
         return p.grad.to_dense()
 
@@ -341,9 +363,28 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         raise ValueError("optimizer must not be LBFGS: each rank's own loss would decide how often it evaluates")
 
 
-def _make_exchange(compression, process_set, op, predivide: float, plan: str, ahead: bool) -> Exchange:
+def _check_started() -> None:
     if not hvd.is_initialized():
         raise RuntimeError("Horovod is not initialized: call horovod.torch.init() first")
+
+
+def _hosts(hierarchical, optimizer: torch.optim.Optimizer, compression, process_set) -> Hosts | None:
+    """The hosts of a hierarchical exchange; None without, and on ranks that take no part."""
+    if hierarchical is False:
+        return None
+    is_pair = isinstance(hierarchical, tuple) and len(hierarchical) == 2
+    if hierarchical is not True and not (is_pair and all(map(check_process_set, hierarchical))):
+        raise ValueError(f"hierarchical must be a bool or two process sets, (host, leaders), got {hierarchical!r}")
+    if not isinstance(compression, QGenXCompressor):
+        raise ValueError("hierarchical needs Compression.qgenx; for none and fp16 see HOROVOD_HIERARCHICAL_ALLREDUCE")
+    if hasattr(optimizer, "squared_difference"):
+        raise ValueError("hierarchical is not for QGenX, whose step size needs every rank's own vector")
+    return hosts_of(process_set, hierarchical if is_pair else None)
+
+
+def _make_exchange(
+    compression, process_set, op, predivide: float, plan: str, ahead: bool, hosts: Hosts | None
+) -> Exchange:
     if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
         raise ValueError(f"compression must be one of Compression's or a compressor of Horovod's, got {compression!r}")
     if getattr(compression, "process_set", None) not in (None, process_set):
@@ -352,9 +393,26 @@ def _make_exchange(compression, process_set, op, predivide: float, plan: str, ah
     if transport.size == 1:
         return Alone(transport, operation)
     if isinstance(compression, QGenXCompressor):
-        plan, part_bytes = "allgather" if plan == "auto" else plan, PART_BYTES if ahead else 0
-        return (AheadExchange if ahead else CodedExchange)(compression.settings, transport, operation, plan, part_bytes)
+        plan, settings = "allgather" if plan == "auto" else plan, compression.settings
+        if hosts is not None:
+            return _make_hierarchical(transport, hosts, settings, operation, plan)
+        if ahead:
+            return AheadExchange(settings, transport, operation, plan, PART_BYTES)
+        return CodedExchange(settings, transport, operation, plan)
     return DenseExchange(compression, transport, operation, predivide)
+
+
+def _make_hierarchical(
+    transport: Transport, hosts: Hosts, settings: Settings, operation: str, plan: str
+) -> HierarchicalExchange:
+    """Dense within the host, coded between hosts; nothing of either where there is one rank, or one host."""
+    count = hosts.leaders.size
+    coded = count > 1
+    across = CodedExchange(settings, hosts.leaders, operation, plan) if coded else Alone(hosts.within, operation)
+    same = Communication(across.communication.number)  # so that ranks tell optimizers apart by one number
+    dense = DenseExchange(NoneCompressor, hosts.within, "sum", communication=same)
+    within = dense if hosts.within.size > 1 else Alone(hosts.within, "sum", same)
+    return HierarchicalExchange(transport, within, across, count)
 
 
 def _operation(op) -> str:

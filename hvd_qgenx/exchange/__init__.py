@@ -4,6 +4,7 @@ from hvd_qgenx.exchange.ahead import AheadExchange
 from hvd_qgenx.exchange.coded import PLANS, CodedExchange
 from hvd_qgenx.exchange.dense import DenseExchange
 from hvd_qgenx.exchange.exchange import Alone, Collected, Exchange
+from hvd_qgenx.exchange.hierarchical import HierarchicalExchange
 from hvd_qgenx.exchange.message import DisagreementError
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "DenseExchange",
     "DisagreementError",
     "Exchange",
+    "HierarchicalExchange",
 ]

@@ -30,6 +30,9 @@ class Allgather(Plan):
         message = seal(replace(outgoing.envelope, term=term), buffer, drawn.size)
         return AllgatherFlight(codec, self.messenger, self.messenger.start(message, part), drawn)
 
+    def refuse(self, envelope: Envelope) -> None:
+        self.messenger.gather(envelope, torch.zeros(0, dtype=torch.uint8, device="cpu"))
+
 
 @dataclass(frozen=True)
 class AllgatherFlight(Flight):

@@ -75,6 +75,8 @@ class Exchange(ABC):
 
     #: What a mean that is not finite does, see ``Compression.qgenx``.
     nonfinite = "nan"
+    #: Whether it is told of here; not in an exchange inside another one.
+    reports = True
 
     def __init__(self, transport: Transport, op: str = "mean", communication: Communication | None = None):
         if op not in OPERATIONS:
@@ -182,8 +184,12 @@ class Exchange(ABC):
         """The exchange's own settings, a line each."""
         return []
 
-    def refuse(self) -> None:
-        """Takes the place of an exchange on a rank that cannot make it, so that the others learn it and do not wait."""
+    def refuse(self, starts_iteration: bool = True, whole: bool = False) -> None:
+        """Takes the place of an exchange on a rank that cannot make it, so that the others learn it and do not wait.
+
+        Args:
+            starts_iteration, whole: as in that exchange; ``whole`` if it has a term or keeps vectors.
+        """
         with contextlib.suppress(DisagreementError):
             nothing = torch.zeros(0, dtype=torch.uint8, device="cpu")
             self.messenger.gather(self.envelope("refusal"), nothing)
@@ -225,7 +231,7 @@ class Exchange(ABC):
 
     def report_broken(self, broken: Sequence[bool], names: Sequence[str]) -> None:
         """Warns once of the means that are not finite, or raises, naming them."""
-        if not any(broken):
+        if not self.reports or not any(broken):
             return
         found = ", ".join(name for name, is_broken in zip(names, broken, strict=True) if is_broken)
         message = f"the gradient of {found} is not finite on some rank: its mean is NaN on all ranks"

@@ -112,3 +112,11 @@ class Plan(ABC):
     @abstractmethod
     def start(self, codecs: Codecs, outgoing: Outgoing) -> Flight:
         """Encodes and sends; returns at once."""
+
+    @abstractmethod
+    def refuse(self, envelope: Envelope) -> None:
+        """Sends an envelope alone in place of part 0, so that ranks that send theirs learn it; waits for them.
+
+        Raises:
+            DisagreementError: unless all ranks do the same.
+        """

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hvd_qgenx.backends import Drawn
 from hvd_qgenx.exchange.allgather import Arrived
-from hvd_qgenx.exchange.message import ENVELOPE_BYTES, Envelope, compare, seal, size_class, split
+from hvd_qgenx.exchange.message import ENVELOPE_BYTES, Envelope, compare, room_for, seal, size_class, split
 from hvd_qgenx.exchange.plan import Codecs, Flight, Outgoing, Plan
 from hvd_qgenx.layout import Part
 from hvd_qgenx.payload import bound
@@ -45,6 +45,11 @@ class TwoPhase(Plan):
 
     def start(self, codecs: Codecs, outgoing: Outgoing) -> TwoPhaseFlight:
         return TwoPhaseFlight(self, codecs, outgoing)
+
+    def refuse(self, envelope: Envelope) -> None:
+        ranks, message = self.messenger.transport.size, seal(envelope, room_for(0), 0)
+        pending = self.messenger.start_alltoall(message.repeat(ranks), [len(message)] * ranks, 0)
+        compare(split(pending.wait())[0], ranks)
 
 
 class TwoPhaseFlight(Flight):

@@ -333,11 +333,22 @@ def test_after_a_step_given_up_parts_start_early_again():
     assert seen[:4] == [num_parts(optimizer) - 1] * 4
 
 
+def _set_one(gradient):
+    gradient[0, 1] = 7.0
+    return gradient
+
+
+def _replace(p, gradient):
+    p.grad = gradient
+
+
 CHANGES = {
     "clipped": lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01),
     "scaled": lambda model: [p.grad.mul_(0.5) for p in model.parameters()],
     "scaled by .data": lambda model: [p.grad.data.mul_(0.5) for p in model.parameters()],
     "replaced": lambda model: [setattr(p, "grad", p.grad * 0.5) for p in model.parameters()],
+    "one coordinate": lambda model: _set_one(model[2].weight.grad),
+    "one coordinate of a copy": lambda model: _replace(model[2].weight, _set_one(model[2].weight.grad.clone())),
     "one dropped": lambda model: setattr(model[4].bias, "grad", None),
 }
 
