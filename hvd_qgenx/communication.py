@@ -25,6 +25,7 @@ class Communication:
         bytes_sent: bytes of the tensors handed to collectives, agreements, statistics and padding included. What a
             collective makes of them (an allgather passes on all ranks' bytes) is its own affair.
         second_phase_bytes: the part of ``bytes_sent`` that carried means of shards, in two-phase exchanges.
+        host_bytes: under ``hierarchical``, what was handed to collectives of one host's ranks; not in ``bytes_sent``.
         coordinates: gradient coordinates exchanged.
         squared_error, squared_norm: sums of ||Q(v) - v||^2 and ||v||^2 over the finite gradients of this rank.
         mean_squared_error, mean_squared_norm: the same of the second rounding, of the means that this rank owned.
@@ -39,6 +40,7 @@ class Communication:
     collectives: int = 0
     bytes_sent: int = 0
     second_phase_bytes: int = 0
+    host_bytes: int = 0
     coordinates: int = 0
     squared_error: float = 0.0
     squared_norm: float = 0.0
@@ -120,6 +122,8 @@ class Communication:
             f"{self.bits_per_coordinate:.2f} bits per coordinate",
             f"{self.ratio:.1f}x less than float32",
         ]
+        if self.host_bytes:
+            parts.append(f"{self.host_bytes:,} bytes within the host")
         if self.variance is not None:
             parts.append(f"relative variance {self.variance:.3g}")
         if self.entropy is not None:

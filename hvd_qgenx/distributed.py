@@ -11,6 +11,7 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
+from hvd_qgenx.adaptation import Settings
 from hvd_qgenx.checks import (
     check_choice,
     check_integer,
@@ -19,10 +20,21 @@ from hvd_qgenx.checks import (
     check_process_set,
     check_type,
 )
-from hvd_qgenx.compressor import Compression, QGenXCompressor
-from hvd_qgenx.exchange import PLANS, Alone, CodedExchange, DenseExchange, Exchange
+from hvd_qgenx.communication import Communication
+from hvd_qgenx.compressor import Compression, NoneCompressor, QGenXCompressor
+from hvd_qgenx.exchange import (
+    PLANS,
+    AheadExchange,
+    Alone,
+    CodedExchange,
+    DenseExchange,
+    Exchange,
+    HierarchicalExchange,
+)
 from hvd_qgenx.extragradient import OptimizerView
-from hvd_qgenx.transports.horovod import HorovodTransport
+from hvd_qgenx.overlap import PART_BYTES, Overlap
+from hvd_qgenx.transports import Transport
+from hvd_qgenx.transports.horovod import HorovodTransport, Hosts, hosts_of
 
 EXCHANGES = ("auto", *PLANS)
 _MEMORY = "hvd_qgenx"
@@ -71,14 +83,22 @@ class DistributedOptimizer(_Materialising):
         optimizer: a torch.optim.Optimizer, ``ExtraGradient`` or ``QGenX``.
         named_parameters: (name, parameter) pairs of all parameters; names must be unique, also across networks.
         compression: ``Compression.none``, ``.fp16``, ``.qgenx(...)``, or any compressor of Horovod's.
-        backward_passes_per_step: accepted as Horovod's; gradients accumulate in ``p.grad`` and are exchanged in
-            ``step`` whatever their number.
+        backward_passes_per_step: with ``overlap``, how many backwards precede a half-step: the last of them sends.
+            Without, gradients accumulate in ``p.grad`` and are exchanged in the half-step whatever their number.
         op: ``hvd.Average`` or ``hvd.Sum``.
         gradient_predivide_factor: splits the division before and after the sum, where a sum travels (none, fp16).
         num_groups, groups: accepted as Horovod's; all parameters travel in one message anyway.
         sparse_as_dense: must be true if a gradient is sparse.
         process_set: the ranks that take part; on others every step is local.
         exchange: "allgather" of all ranks' payloads; "auto" chooses, and has one choice so far.
+        overlap: sends parts of the gradient during backward, as soon as they are there, instead of all of it in the
+            half-step; the same bits as in parts of that size without. Gradients must then not be changed between
+            backward and half-step except after ``synchronize``. Nothing starts early where ``compression`` is none or
+            fp16, for ``QGenX``, for networks below 4 MiB, in the first exchange and in those that fit levels.
+        hierarchical: the ranks of a host first add up their gradients, in float32, one of them exchanges coded with
+            the other hosts, and its host takes over the result. Hosts are found by Horovod's local ranks, or given,
+            as (host, leaders): the process sets of this rank's host and of the first ranks of all hosts. To be passed
+            by all ranks of the job; needs HOROVOD_DYNAMIC_PROCESS_SETS=1 unless given. Not for ``QGenX``.
 
     Raises:
         ValueError: naming the argument and what is allowed.
@@ -102,18 +122,27 @@ class DistributedOptimizer(_Materialising):
         sparse_as_dense: bool = False,
         process_set=hvd.global_process_set,
         exchange: str = "auto",
+        overlap: bool = False,
+        hierarchical: bool | tuple = False,
     ):
         _check_optimizer(optimizer)
         super().__init__(optimizer)
         check_process_set(process_set)
         check_type("sparse_as_dense", sparse_as_dense, bool)
+        check_type("overlap", overlap, bool)
         check_integer("backward_passes_per_step", backward_passes_per_step, 1)
         check_integer("num_groups", num_groups, 0)
         check_choice("exchange", exchange, EXCHANGES)
         _check_predivide(gradient_predivide_factor, op)
         self.sparse_as_dense = sparse_as_dense
         self._names = _names(self, named_parameters)
-        self._exchange = _make_exchange(compression, process_set, op, gradient_predivide_factor, exchange)
+        _check_started()
+        # What needs every rank's own vector has it whole in one message.
+        ahead = overlap and not hasattr(optimizer, "squared_difference")
+        hosts = _hosts(hierarchical, optimizer, compression, process_set)
+        self._exchange = _make_exchange(compression, process_set, op, gradient_predivide_factor, exchange, ahead, hosts)
+        self._options = f"overlap={overlap}, hierarchical={bool(hierarchical)}"
+        self._overlap = Overlap(self._start_part, backward_passes_per_step)
         self._describe()
         self._should_synchronize, self._synchronized, self._placeholder = True, False, False
         if hasattr(optimizer, "num_ranks"):
@@ -126,9 +155,11 @@ class DistributedOptimizer(_Materialising):
         return self._exchange.communication
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients of all parameters."""
+        """Clears the gradients of all parameters; what a backward has sent of them is given up."""
         self._synchronized = False
         super().zero_grad(set_to_none)
+        self._overlap.end()
+        self._exchange.give_up()
 
     def add_param_group(self, param_group: dict) -> None:
         """Adds a group of parameters, on every rank; they are named by their position."""
@@ -138,13 +169,13 @@ class DistributedOptimizer(_Materialising):
         self._describe()
 
     def set_backward_passes_per_step(self, passes: int) -> None:
-        """Accepted as Horovod's: gradients accumulate in ``p.grad`` whatever their number."""
-        check_integer("passes", passes, 1)
+        """From the next backward on, this many precede a half-step."""
+        self._overlap.passes = check_integer("passes", passes, 1)
 
     def synchronize(self) -> None:
         """Exchanges gradients now, so that they can be looked at or clipped before the half-step that uses them."""
         self._begin()
-        self._average("extrapolation" if self._two_exchanges and not self.extrapolated else "step")
+        self._average(self._coming_stage)
         self._synchronized = True
 
     @contextmanager
@@ -207,6 +238,14 @@ class DistributedOptimizer(_Materialising):
     def _two_exchanges(self) -> bool:
         return self._extrapolates and self.optimizer.extrapolation_uses_gradient
 
+    @property
+    def _coming_stage(self) -> str:
+        """Of the half-step that is due."""
+        return "extrapolation" if self._two_exchanges and not self.extrapolated else "step"
+
+    def _starts_iteration(self, stage: str) -> bool:
+        return stage == "extrapolation" or not self._two_exchanges
+
     def _recall(self) -> None:
         """Takes up what ``load_state_dict``, or a broadcast of what ``state_dict`` wrote, left in the first group."""
         memory = self.param_groups[0].pop(_MEMORY, None)
@@ -254,20 +293,32 @@ class DistributedOptimizer(_Materialising):
         """Replaces every gradient by the mean (or sum) over ranks: the one place that exchanges."""
         self._begin()
         parameters = self._parameters()
-        starts = stage == "extrapolation" or not self._two_exchanges
+        if not self._overlap.end():
+            self._exchange.give_up()
         ends_difference = self._wants_difference and stage == "step"
         # Now, since levels that are fitted below would read the last exchange's vectors wrongly.
         before = self._look_ahead(parameters) if ends_difference else []
         term = (lambda received: _squared_distance(before, received)) if ends_difference else None
-        fused = self._exchange.fuse([self._gradient(p) for p in parameters])
+        starts, keeps = self._starts_iteration(stage), self._keeps(stage)
+        try:
+            fused = self._exchange.fuse([self._gradient(p) for p in parameters])
+        except ValueError:
+            self._exchange.refuse(starts, whole=ends_difference or keeps)
+            raise
         self._exchange.settle()
         self._exchange.adapt_if_due(fused, starts)
-        submitted = self._exchange.submit(fused, stage, term, self._keeps(stage))
+        submitted = self._exchange.submit(fused, stage, term, keeps)
         collected = self._exchange.collect(submitted, self._ordered_names)
         for p, mean in zip(parameters, collected.means, strict=True):
             _assign(p, mean)
         if ends_difference:
             self.optimizer.squared_difference = sum(collected.terms)
+
+    def _start_part(self, part: int, gradients: list[Tensor | None]) -> bool:
+        """Sends a part during backward; says whether it could."""
+        self._recall()
+        stage = self._coming_stage
+        return self._exchange.start(part, gradients, stage, self._starts_iteration(stage))
 
     @property
     def _wants_difference(self) -> bool:
@@ -293,18 +344,18 @@ class DistributedOptimizer(_Materialising):
         if p.grad is None or not p.grad.is_sparse:
             return p.grad
         if not self.sparse_as_dense:
-            self._exchange.refuse()
             raise ValueError(f"the gradient of {self._names[p]} is sparse: pass sparse_as_dense=True")
         return p.grad.to_dense()
 
     def _describe(self) -> None:
         """Tells the exchange what ranks must have in common, a line each."""
         parameters = self._parameters()
-        kind = f"optimizer={type(self.optimizer).__name__}, op={self._exchange.op}"
+        kind = f"optimizer={type(self.optimizer).__name__}, op={self._exchange.op}, {self._options}"
         lines = [f"{self._names[p]} of shape {tuple(p.shape)} and type {p.dtype}" for p in parameters]
         sizes = [p.numel() for p in parameters]
         self._ordered_names = [self._names[p] for p in parameters]
         self._exchange.describe([kind, *lines], [p.dtype for p in parameters], sizes)
+        self._overlap.follow(parameters, self._ordered_names, self._exchange.parts())
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -315,9 +366,28 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         raise ValueError("optimizer must not be LBFGS: each rank's own loss would decide how often it evaluates")
 
 
-def _make_exchange(compression, process_set, op, predivide: float, plan: str) -> Exchange:
+def _check_started() -> None:
     if not hvd.is_initialized():
         raise RuntimeError("Horovod is not initialized: call horovod.torch.init() first")
+
+
+def _hosts(hierarchical, optimizer: torch.optim.Optimizer, compression, process_set) -> Hosts | None:
+    """The hosts of a hierarchical exchange; None without, and on ranks that take no part."""
+    if hierarchical is False:
+        return None
+    is_pair = isinstance(hierarchical, tuple) and len(hierarchical) == 2
+    if hierarchical is not True and not (is_pair and all(map(check_process_set, hierarchical))):
+        raise ValueError(f"hierarchical must be a bool or two process sets, (host, leaders), got {hierarchical!r}")
+    if not isinstance(compression, QGenXCompressor):
+        raise ValueError("hierarchical needs Compression.qgenx; for none and fp16 see HOROVOD_HIERARCHICAL_ALLREDUCE")
+    if hasattr(optimizer, "squared_difference"):
+        raise ValueError("hierarchical is not for QGenX, whose step size needs every rank's own vector")
+    return hosts_of(process_set, hierarchical if is_pair else None)
+
+
+def _make_exchange(
+    compression, process_set, op, predivide: float, plan: str, ahead: bool, hosts: Hosts | None
+) -> Exchange:
     if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
         raise ValueError(f"compression must be one of Compression's or a compressor of Horovod's, got {compression!r}")
     if getattr(compression, "process_set", None) not in (None, process_set):
@@ -326,8 +396,26 @@ def _make_exchange(compression, process_set, op, predivide: float, plan: str) ->
     if transport.size == 1:
         return Alone(transport, operation)
     if isinstance(compression, QGenXCompressor):
-        return CodedExchange(compression.settings, transport, operation, "allgather" if plan == "auto" else plan)
+        plan, settings = "allgather" if plan == "auto" else plan, compression.settings
+        if hosts is not None:
+            return _make_hierarchical(transport, hosts, settings, operation, plan)
+        if ahead:
+            return AheadExchange(settings, transport, operation, plan, PART_BYTES)
+        return CodedExchange(settings, transport, operation, plan)
     return DenseExchange(compression, transport, operation, predivide)
+
+
+def _make_hierarchical(
+    transport: Transport, hosts: Hosts, settings: Settings, operation: str, plan: str
+) -> HierarchicalExchange:
+    """Dense within the host, coded between hosts; nothing of either where there is one rank, or one host."""
+    count = hosts.leaders.size
+    coded = count > 1
+    across = CodedExchange(settings, hosts.leaders, operation, plan) if coded else Alone(hosts.within, operation)
+    same = Communication(across.communication.number)  # so that ranks tell optimizers apart by one number
+    dense = DenseExchange(NoneCompressor, hosts.within, "sum", communication=same)
+    within = dense if hosts.within.size > 1 else Alone(hosts.within, "sum", same)
+    return HierarchicalExchange(transport, within, across, count)
 
 
 def _operation(op) -> str:

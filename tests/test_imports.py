@@ -35,6 +35,7 @@ ROOMS = [
     "adaptation",
     "communication",
     "transports",
+    "transports.hosts",
     "transports.horovod",
     "exchange.message",
     "exchange.agreement",
@@ -44,11 +45,14 @@ ROOMS = [
     "exchange.two_phase",
     "exchange.dense",
     "exchange.coded",
+    "exchange.ahead",
+    "exchange.hierarchical",
     "exchange",
     "compressor",
     "extragradient",
     "dual",
     "games",
+    "overlap",
     "distributed",
 ]
 #: The rooms that know Horovod.
@@ -111,7 +115,7 @@ def test_the_exchange_and_the_transports_meet_in_the_protocol_alone(room):
     if room.startswith("exchange"):
         assert "transports.horovod" not in others
     else:
-        assert others <= {"transports"}
+        assert others <= {"transports", "transports.hosts"}
 
 
 WITHOUT_HOROVOD = """

@@ -18,8 +18,8 @@ RUNS = [
     ("gloo", 3, "check_wrapper.py"),
     ("gloo", 3, "check_adaptation.py"),
     ("gloo", 3, "check_plans.py"),
-    ("gloo", 4, "check_plans.py"),
     ("mpi", 2, "check_plans.py"),
+    ("gloo", 3, "check_overlap.py"),
     ("gloo", 2, "check_dropin.py"),
     ("gloo", 2, "check_wrapper.py"),
     ("gloo", 2, "check_bytes.py"),
@@ -40,13 +40,21 @@ def test_whole_runs_end_in_the_same_bits_as_ever():
     assert done.returncode == 0, done.stdout[-8000:]
 
 
+def test_every_rank_of_two_hosts_passes():
+    """One machine under two names: Horovod counts local ranks for each."""
+    done = run_ranks("gloo", 4, _pytest("check_hierarchical.py"), hosts="localhost:2,127.0.0.1:2")
+    assert done.returncode == 0, done.stdout[-8000:]
+
+
 def _pytest(file: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "-x", "-q", "--color=no", file]
 
 
-def run_ranks(backend: str, ranks: int, command: list[str], **variables: str) -> subprocess.CompletedProcess:
+def run_ranks(
+    backend: str, ranks: int, command: list[str], hosts: str = "", **variables: str
+) -> subprocess.CompletedProcess:
     """A command on several ranks; the limit only ends a hang, which is a failure."""
-    launcher = ["horovodrun", f"--{backend}", "-np", str(ranks)]
+    launcher = ["horovodrun", f"--{backend}", "-np", str(ranks), *(["-H", hosts] if hosts else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOROVOD_DYNAMIC_PROCESS_SETS": "1", **variables}
     return subprocess.run(
         [*launcher, *command],

@@ -55,7 +55,7 @@ def test_the_wrapper_takes_every_keyword_of_horovods_and_exchange():
     theirs = inspect.signature(hvd.DistributedOptimizer).parameters
     ours = inspect.signature(hvd_qgenx.DistributedOptimizer).parameters
     assert list(ours)[: len(theirs)] == list(theirs)
-    assert list(ours)[len(theirs) :] == ["exchange"]
+    assert list(ours)[len(theirs) :] == ["exchange", "overlap", "hierarchical"]
     for name, parameter in theirs.items():
         if name != "compression":
             assert ours[name].default == parameter.default, name
@@ -108,6 +108,10 @@ def horovod():
         ({"compression": "qgenx"}, "compression must be one of"),
         ({"process_set": "all"}, "process_set must be a horovod.torch.ProcessSet"),
         ({"process_set": None}, "process_set must be a horovod.torch.ProcessSet"),
+        ({"overlap": 1}, "overlap must be a bool"),
+        ({"hierarchical": "hosts"}, "hierarchical must be a bool or two process sets"),
+        ({"hierarchical": (1, 2)}, "process_set must be a horovod.torch.ProcessSet, got 1"),
+        ({"hierarchical": True}, "hierarchical needs Compression.qgenx"),
         ({"sparse_as_dense": "no"}, "sparse_as_dense must be a bool"),
         ({"named_parameters": 5}, "named_parameters must be"),
         (

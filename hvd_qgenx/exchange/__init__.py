@@ -1,8 +1,20 @@
 """The mean of a list of tensors over ranks; knows no framework. ``exchange.Exchange`` declares the verbs."""
 
+from hvd_qgenx.exchange.ahead import AheadExchange
 from hvd_qgenx.exchange.coded import PLANS, CodedExchange
 from hvd_qgenx.exchange.dense import DenseExchange
 from hvd_qgenx.exchange.exchange import Alone, Collected, Exchange
+from hvd_qgenx.exchange.hierarchical import HierarchicalExchange
 from hvd_qgenx.exchange.message import DisagreementError
 
-__all__ = ["PLANS", "Alone", "CodedExchange", "Collected", "DenseExchange", "DisagreementError", "Exchange"]
+__all__ = [
+    "PLANS",
+    "AheadExchange",
+    "Alone",
+    "CodedExchange",
+    "Collected",
+    "DenseExchange",
+    "DisagreementError",
+    "Exchange",
+    "HierarchicalExchange",
+]

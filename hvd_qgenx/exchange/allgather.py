@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvd_qgenx.backends import Drawn
 from hvd_qgenx.codec import Codec
-from hvd_qgenx.exchange.message import ENVELOPE_BYTES, DisagreementError, Envelope, Messenger, seal
+from hvd_qgenx.exchange.message import ENVELOPE_BYTES, DisagreementError, Envelope, Messenger, compare, seal, split
 from hvd_qgenx.exchange.plan import Codecs, Flight, Outgoing, Plan
 from hvd_qgenx.payload import bound, peek
 from hvd_qgenx.transports import Pending
@@ -30,6 +30,9 @@ class Allgather(Plan):
         message = seal(replace(outgoing.envelope, term=term), buffer, drawn.size)
         return AllgatherFlight(codec, self.messenger, self.messenger.start(message, part), drawn)
 
+    def refuse(self, envelope: Envelope) -> None:
+        self.messenger.gather(envelope, torch.zeros(0, dtype=torch.uint8, device="cpu"))
+
 
 @dataclass(frozen=True)
 class AllgatherFlight(Flight):
@@ -39,6 +42,9 @@ class AllgatherFlight(Flight):
     messenger: Messenger
     pending: Pending
     drawn: Drawn
+
+    def landed(self) -> list[Envelope]:
+        return self._messages[0]
 
     def advance(self) -> None:
         """There is one phase."""
@@ -53,9 +59,14 @@ class AllgatherFlight(Flight):
         return self.arrived.mean_into(targets, factor)
 
     @cached_property
+    def _messages(self) -> tuple[list[Envelope], list[Tensor]]:
+        return split(self.pending.wait())
+
+    @cached_property
     def arrived(self) -> Arrived:
         """All ranks' payloads; waits for them when first asked."""
-        envelopes, payloads = self.messenger.finish(self.pending)
+        envelopes, payloads = self._messages
+        compare(envelopes, self.messenger.transport.size)
         return Arrived(self.codec, envelopes, payloads)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from hvd_qgenx.codec import Codec, as_segment
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.exchange.allgather import Allgather, AllgatherFlight, spoil
 from hvd_qgenx.exchange.exchange import Collected, Exchange, Fused, Term, fuse
+from hvd_qgenx.exchange.message import DisagreementError
 from hvd_qgenx.exchange.plan import Buffers, Codecs, Flight, Outgoing, Plan
 from hvd_qgenx.exchange.two_phase import TwoPhase, fine_bits
 from hvd_qgenx.key import Key
@@ -123,7 +125,8 @@ class CodedExchange(Exchange):
         # Levels of the mean are fitted to one that all ranks know to the bit, before they are used.
         plan = self.allgather if self._fits_mean else self.plan
         flights = [
-            plan.start(self._codecs, self._outgoing(fused, part, index, stage)) for index, part in enumerate(parts)
+            plan.start(self._codecs, self._outgoing(part.cut(fused.segments), part, index, stage))
+            for index, part in enumerate(parts)
         ]
         self._departed(flights)
         return Submitted(fused, parts, flights)
@@ -132,8 +135,7 @@ class CodedExchange(Exchange):
         """All ranks cut alike: by the sizes of all parameters, those included that this rank lacks now."""
         return self.codec.layout(self.sizes).parts(self.part_bytes or _WHOLE)
 
-    def _outgoing(self, fused: Fused, part: Part, index: int, stage: str) -> Outgoing:
-        segments = part.cut(fused.segments)
+    def _outgoing(self, segments: Sequence[Tensor], part: Part, index: int, stage: str) -> Outgoing:
         return Outgoing(
             segments,
             part.layout,
@@ -189,6 +191,12 @@ class CodedExchange(Exchange):
         spoil(means, tuple(broken))
         self.report_broken(broken, names)
         return Collected([mean if mean.numel() else None for mean in means], submitted.flights[0].terms())
+
+    def refuse(self, starts_iteration: bool = True, whole: bool = False) -> None:
+        comes_first = not self._agreed or (starts_iteration and self._is_due())  # an agreement, or statistics
+        plan = self.allgather if comes_first or whole else self.plan
+        with contextlib.suppress(DisagreementError):
+            plan.refuse(self.envelope("refusal"))
 
     def _landed(self, flight: Flight) -> None:
         """Counts what the second rounding did, where there was one."""

@@ -1,7 +1,8 @@
 """The verbs of an exchange, declared once: the mean of a list of tensors over ranks.
 
 A caller says ``fuse``, ``settle``, ``adapt_if_due``, ``submit`` and ``collect``, in this order. A parameter may be
-absent (None) on some ranks, which counts as zero, or on all, which stays None.
+absent (None) on some ranks, which counts as zero, or on all, which stays None. Before them it may ``start`` some of the
+``parts``, each as soon as its tensors are known; what of it no longer holds it must ``give_up``.
 
 Algorithm 1 needs a rank's own vector again, in the next exchange. ``submit(keep=True)`` keeps it, and those of all
 ranks, so that ``state_dict`` is equal on all of them.
@@ -23,6 +24,7 @@ from torch import Tensor
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.exchange.agreement import agree, leader_of, share_state
 from hvd_qgenx.exchange.message import DisagreementError, Envelope, Messenger
+from hvd_qgenx.layout import Part
 from hvd_qgenx.transports import Transport
 
 OPERATIONS = ("mean", "sum")
@@ -73,6 +75,8 @@ class Exchange(ABC):
 
     #: What a mean that is not finite does, see ``Compression.qgenx``.
     nonfinite = "nan"
+    #: Whether it is told of here; not in an exchange inside another one.
+    reports = True
 
     def __init__(self, transport: Transport, op: str = "mean", communication: Communication | None = None):
         if op not in OPERATIONS:
@@ -143,6 +147,28 @@ class Exchange(ABC):
             FloatingPointError: on every rank, under nonfinite="raise".
         """
 
+    # ---- before them, where a vector need not be whole to be sent ----------------------------------------------------
+
+    def parts(self) -> Sequence[Part]:
+        """What ``start`` takes, cut from all tensors that were described; none where everything starts at once."""
+        return ()
+
+    def start(self, part: int, tensors: Sequence[Tensor | None], stage: str, starts_iteration: bool = True) -> bool:
+        """Sends one part of the coming exchange ahead of ``submit``, if that can be; says whether it did.
+
+        Ranks need not start the same parts, nor at the same time. It cannot be before ranks have settled, when levels
+        are due to be fitted, and for part 0, which always starts in ``submit``.
+
+        Args:
+            part: index into ``parts``.
+            tensors: whole, one for each slice of the part; None for one that is absent.
+            stage, starts_iteration: as ``submit`` and ``adapt_if_due`` will be told.
+        """
+        return False
+
+    def give_up(self) -> None:  # noqa: B027 - nothing was started
+        """What was started is no longer what this rank means to send. The exchange then takes a second round."""
+
     # ---- around them -------------------------------------------------------------------------------------------------
 
     def describe(self, lines: Sequence[str], dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> None:
@@ -158,8 +184,12 @@ class Exchange(ABC):
         """The exchange's own settings, a line each."""
         return []
 
-    def refuse(self) -> None:
-        """Takes the place of an exchange on a rank that cannot make it, so that the others learn it and do not wait."""
+    def refuse(self, starts_iteration: bool = True, whole: bool = False) -> None:
+        """Takes the place of an exchange on a rank that cannot make it, so that the others learn it and do not wait.
+
+        Args:
+            starts_iteration, whole: as in that exchange; ``whole`` if it has a term or keeps vectors.
+        """
         with contextlib.suppress(DisagreementError):
             nothing = torch.zeros(0, dtype=torch.uint8, device="cpu")
             self.messenger.gather(self.envelope("refusal"), nothing)
@@ -201,7 +231,7 @@ class Exchange(ABC):
 
     def report_broken(self, broken: Sequence[bool], names: Sequence[str]) -> None:
         """Warns once of the means that are not finite, or raises, naming them."""
-        if not any(broken):
+        if not self.reports or not any(broken):
             return
         found = ", ".join(name for name, is_broken in zip(names, broken, strict=True) if is_broken)
         message = f"the gradient of {found} is not finite on some rank: its mean is NaN on all ranks"

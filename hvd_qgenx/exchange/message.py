@@ -13,7 +13,7 @@ from hvd_qgenx.communication import Communication
 from hvd_qgenx.transports import Pending, Transport
 
 MAGIC, VERSION = b"QGXM", 1
-STAGES = ("step", "extrapolation", "agreement", "state", "adaptation", "vectors", "refusal")
+STAGES = ("step", "extrapolation", "agreement", "state", "adaptation", "vectors", "refusal", "void")
 
 # Lengths that change at every step would evict Horovod's response cache, so messages are padded to classes of this
 # many significant bits: 1.6 % more bytes at worst.
@@ -130,15 +130,12 @@ def compare(envelopes: Sequence[Envelope], ranks: int) -> None:
             )
 
 
-def _name(part: int, phase: int) -> str:
-    return f"hvd_qgenx.exchange.{phase}.{part}" if part or phase else "hvd_qgenx.exchange"
-
-
 class Messenger:
     """Sends messages over a transport, counts them, and compares what arrives.
 
     All messages of part 0 go under one name, whatever they are for: ranks that do different things then meet and can
-    tell, instead of waiting for each other.
+    tell, instead of waiting for each other. Other parts of several optimizers may be under way together, so these have
+    names of their own; part 0 is looked at before them.
     """
 
     def __init__(self, transport: Transport, communication: Communication):
@@ -146,12 +143,16 @@ class Messenger:
 
     def start(self, message: Tensor, part: int = 0, phase: int = 0) -> Pending:
         """Starts an allgather of a sealed message."""
-        return self.transport.allgather(self.communication.count(message, phase), _name(part, phase))
+        return self.transport.allgather(self.communication.count(message, phase), self._name(part, phase))
 
     def start_alltoall(self, messages: Tensor, lengths: Sequence[int], part: int) -> Pending:
         """Starts an alltoall of sealed messages, one for each rank, one after another."""
         splits = torch.tensor(lengths, dtype=torch.int32, device="cpu")
-        return self.transport.alltoall(self.communication.count(messages), splits, f"{_name(part, 0)}.shards")
+        return self.transport.alltoall(self.communication.count(messages), splits, f"{self._name(part, 0)}.shards")
+
+    def _name(self, part: int, phase: int) -> str:
+        own = f".{self.communication.number}.{phase}.{part}" if part or phase else ""
+        return f"hvd_qgenx.exchange{own}"
 
     def finish(self, pending: Pending) -> tuple[list[Envelope], list[Tensor]]:
         """All ranks' envelopes and bodies. Raises DisagreementError if they are not at the same exchange."""

@@ -83,6 +83,10 @@ class Flight(ABC):
     mean_drawn: Drawn | None = None
 
     @abstractmethod
+    def landed(self) -> list[Envelope]:
+        """What all ranks' messages of the first phase say of themselves, not compared yet; waits for them."""
+
+    @abstractmethod
     def advance(self) -> None:
         """Starts what comes after the first phase; called for every flight before any is collected."""
 
@@ -108,3 +112,11 @@ class Plan(ABC):
     @abstractmethod
     def start(self, codecs: Codecs, outgoing: Outgoing) -> Flight:
         """Encodes and sends; returns at once."""
+
+    @abstractmethod
+    def refuse(self, envelope: Envelope) -> None:
+        """Sends an envelope alone in place of part 0, so that ranks that send theirs learn it; waits for them.
+
+        Raises:
+            DisagreementError: unless all ranks do the same.
+        """

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hvd_qgenx.backends import Drawn
 from hvd_qgenx.exchange.allgather import Arrived
-from hvd_qgenx.exchange.message import ENVELOPE_BYTES, compare, seal, size_class, split
+from hvd_qgenx.exchange.message import ENVELOPE_BYTES, Envelope, compare, room_for, seal, size_class, split
 from hvd_qgenx.exchange.plan import Codecs, Flight, Outgoing, Plan
 from hvd_qgenx.layout import Part
 from hvd_qgenx.payload import bound
@@ -44,6 +45,11 @@ class TwoPhase(Plan):
 
     def start(self, codecs: Codecs, outgoing: Outgoing) -> TwoPhaseFlight:
         return TwoPhaseFlight(self, codecs, outgoing)
+
+    def refuse(self, envelope: Envelope) -> None:
+        ranks, message = self.messenger.transport.size, seal(envelope, room_for(0), 0)
+        pending = self.messenger.start_alltoall(message.repeat(ranks), [len(message)] * ranks, 0)
+        compare(split(pending.wait())[0], ranks)
 
 
 class TwoPhaseFlight(Flight):
@@ -77,9 +83,17 @@ class TwoPhaseFlight(Flight):
         drawn = self.codec.encode_segments(segments, layout, key, buffer[ENVELOPE_BYTES:])
         return drawn, seal(self.outgoing.envelope, buffer, drawn.size)
 
+    def landed(self) -> list[Envelope]:
+        return self._messages[0]
+
+    @cached_property
+    def _messages(self) -> tuple[list[Envelope], list[Tensor]]:
+        """All ranks' payloads of the shard that this rank owns."""
+        return split(self._pending.wait())
+
     def advance(self) -> None:
         """Averages the shard that this rank owns and sends the mean."""
-        envelopes, payloads = split(self._pending.wait())
+        envelopes, payloads = self._messages
         compare(envelopes, self.messenger.transport.size)
         arrived = Arrived(self.codec, envelopes, payloads)
         sizes = arrived.common_sizes()

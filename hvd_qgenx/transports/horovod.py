@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import horovod.torch as hvd
+import torch
 from torch import Tensor
 
 from hvd_qgenx.transports import Pending, Transport
+from hvd_qgenx.transports.hosts import Place, check_hosts, group
 
 _POLL_SECONDS = 1e-4
 
@@ -70,3 +74,81 @@ class HorovodTransport(Transport):
             process_set=self.process_set,
         )
         return _Handle(handle)
+
+
+class _Leaders(HorovodTransport):
+    """The first ranks of all hosts; of as many ranks also as seen from those that it does not include."""
+
+    @property
+    def size(self) -> int:
+        return len(self.process_set.ranks)
+
+
+class Hosts(NamedTuple):
+    """The ranks of this rank's host, and the first ranks of all hosts."""
+
+    within: HorovodTransport
+    leaders: HorovodTransport
+
+
+#: Process sets made here, by their ranks: Horovod makes none twice and does not give one back.
+_MADE: dict[tuple[int, ...], hvd.ProcessSet] = {}
+
+
+def hosts_of(process_set, sets=None) -> Hosts | None:
+    """The hosts of a process set, found by Horovod's local ranks; to be called by all ranks of the job, in one order.
+
+    Args:
+        process_set: whose ranks are divided. A rank outside it gets None.
+        sets: the two process sets themselves, where they exist already; only the ranks of ``process_set`` then call.
+
+    Raises:
+        ValueError: saying what to do, if hosts cannot be told apart or process sets cannot be made.
+    """
+    if sets is not None:
+        return _given_hosts(process_set, sets)
+    place = Place(hvd.local_rank(), hvd.local_size(), hvd.cross_rank())
+    places = [Place(*other) for other in hvd.allgather_object(tuple(place), name="hvd_qgenx.hosts")]
+    ranks = process_set.ranks
+    hosts = [[rank for rank in host if rank in ranks] for host in group(places)]
+    hosts = [host for host in hosts if host]
+    made = [_process_set(host, process_set) for host in hosts]
+    leaders = _process_set([host[0] for host in hosts], process_set)
+    own = [one for one, host in zip(made, hosts, strict=True) if hvd.rank() in host]
+    return Hosts(HorovodTransport(own[0]), _Leaders(leaders)) if own else None
+
+
+def _given_hosts(process_set, sets) -> Hosts | None:
+    if not process_set.included():
+        return None
+    described = [_gathered(one.ranks, process_set) for one in sets]
+    check_hosts(process_set.ranks, list(zip(*described, strict=True)))
+    return Hosts(HorovodTransport(sets[0]), _Leaders(sets[1]))
+
+
+def _gathered(numbers: Sequence[int], process_set) -> list[list[int]]:
+    """The numbers of all ranks of a process set."""
+    own = torch.tensor([len(numbers), *numbers], dtype=torch.int64, device="cpu")
+    flat = hvd.allgather(own, name="hvd_qgenx.given_hosts", process_set=process_set).tolist()
+    found = []
+    while flat:
+        found.append(flat[1 : 1 + flat[0]])
+        flat = flat[1 + flat[0] :]
+    return found
+
+
+def _process_set(ranks: list[int], whole):
+    """The process set of these ranks; made only if it must be, and on all ranks of the job alike."""
+    if ranks == list(whole.ranks):
+        return whole
+    key = tuple(ranks)
+    if key not in _MADE or _MADE[key].process_set_id is None:
+        try:
+            _MADE[key] = hvd.add_process_set(ranks)
+        except ValueError as error:
+            raise ValueError(
+                f"hierarchical=True could not make the process set of ranks {ranks}: run with "
+                "HOROVOD_DYNAMIC_PROCESS_SETS=1, or make two sets for each rank and give them, "
+                f"hierarchical=(host, leaders); Horovod says: {error}"
+            ) from error
+    return _MADE[key]
