@@ -24,8 +24,8 @@ from hvd_qgenx.transports import Transport
 
 PLANS: dict[str, type[Plan]] = {"allgather": Allgather, "two_phase": TwoPhase}
 _WHOLE = 2**62  # more bytes than any vector has
-#: float32 bytes of a part: while one travels the next is encoded and the last decoded. At 4 bits a coordinate it is 2 MB,
-#: which take 14 ms on a link of 1 Gbit/s, several times what starting a collective takes.
+#: float32 bytes of a part: while one travels the next is encoded and the last decoded. At 4 bits a coordinate these are
+#: 2 MB, which take 14 ms on a link of 1 Gbit/s, several times what starting a collective takes.
 PART_BYTES = 16 * 2**20
 
 
