@@ -267,7 +267,8 @@ class QGenXCompressor:
         exchange.settle()
         exchange.adapt_if_due(fused)
         arrived = exchange.start_allgather(fused, "step", first=batch.first).arrived
-        broken = arrived.decode_in_order(batch.targets(), factor)
+        with self._communication.measure("decode"):
+            broken = arrived.decode_in_order(batch.targets(), factor)
         for kept, is_broken in zip(batch.calls, broken, strict=False):
             if (call := kept()) is not None:
                 call.broken = is_broken

@@ -70,11 +70,13 @@ class DenseExchange(Exchange):
         others = torch.stack([body.clone().view(torch.int64).view(2, -1) for body in bodies])
         present, common = others[:, 0].amax(dim=0).bool().tolist(), others[:, 1].amax(dim=0).tolist()
         self.kept = None
-        vector = self._joined(submitted.fused, common)
+        with self.communication.measure("encode"):
+            vector = self._joined(submitted.fused, common)
         mean = (self._allgather if submitted.keep else self._allreduce)(vector)
         self.kept_sizes = common
         parts = mean.split(common)
-        self._spoil(mean, parts, names)
+        with self.communication.measure("decode"):
+            self._spoil(mean, parts, names)
         means = [part if there else None for part, there in zip(parts, present, strict=True)]
         return Collected(means, [envelope.term for envelope in envelopes])
 
@@ -114,12 +116,15 @@ class DenseExchange(Exchange):
         return total if self.op == "sum" else total.div_(len(self.kept))
 
     def _allreduce(self, vector: Tensor) -> Tensor:
-        compressed, context = self.compression.compress(vector)
+        with self.communication.measure("encode"):
+            compressed, context = self.compression.compress(vector)
         if len(compressed) == 0:
             return vector
         counted = self.communication.count(compressed)
         pending = self.transport.allreduce(counted, "hvd_qgenx.allreduce", self.op == "mean", self.predivide)
-        return self.compression.decompress(pending.wait(), context)
+        reduced = self.messenger.wait(pending)
+        with self.communication.measure("decode"):
+            return self.compression.decompress(reduced, context)
 
     def last_as_received(self) -> list[Tensor | None] | None:
         return None if self.kept is None else list(self.kept[self.transport.rank].split(self.kept_sizes))

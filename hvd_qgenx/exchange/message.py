@@ -155,9 +155,14 @@ class Messenger:
 
     def finish(self, pending: Pending) -> tuple[list[Envelope], list[Tensor]]:
         """All ranks' envelopes and bodies. Raises DisagreementError if they are not at the same exchange."""
-        envelopes, bodies = split(pending.wait())
+        envelopes, bodies = split(self.wait(pending))
         compare(envelopes, self.transport.size)
         return envelopes, bodies
+
+    def wait(self, pending: Pending) -> Tensor:
+        """The result of an operation."""
+        with self.communication.measure("wait"):
+            return pending.wait()
 
     def start_body(self, envelope: Envelope, body: Tensor) -> Pending:
         """Starts an allgather of a small message, in a buffer of its own."""
