@@ -153,7 +153,7 @@ class _Range:
 
     def __enter__(self) -> None:
         # Asked first, since a range that nobody records costs ten times as much as the rest of this.
-        is_recorded = torch.autograd._profiler_enabled()
+        is_recorded = torch.autograd.profiler._is_profiler_enabled
         self.profiled = torch.profiler.record_function(f"hvd_qgenx.{self.phase}") if is_recorded else None
         if self.profiled:
             self.profiled.__enter__()
