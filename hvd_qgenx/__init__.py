@@ -6,7 +6,7 @@ backend in use: "avx2" or "portable", the compiled core, or "specification", pla
 
 from hvd_qgenx import backends
 from hvd_qgenx.codec import Codec
-from hvd_qgenx.compressor import Compression
+from hvd_qgenx.compression import Compression
 from hvd_qgenx.dual import QGenX
 from hvd_qgenx.extragradient import ExtraAdam, ExtraGradient, ExtraSGD
 from hvd_qgenx.games import Game

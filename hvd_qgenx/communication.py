@@ -33,6 +33,7 @@ class Communication:
         adaptations: how often ranks shared statistics to fit levels, in this process.
         adaptation_seconds, adaptation_bytes: what that took: wall time, waiting for the other ranks included, and
             the part of ``bytes_sent`` that statistics are.
+        measurement_bytes: the part of ``bytes_sent`` that was sent to measure the network, before "auto" chose.
         seconds: wall time by phase: in "encode" and "decode", at work on vectors; in "wait", for messages of other
             ranks. The same ranges are in torch's profiler, see ``measure``.
     """
@@ -51,6 +52,7 @@ class Communication:
     adaptations: int = 0
     adaptation_seconds: float = 0.0
     adaptation_bytes: int = 0
+    measurement_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     _symbols: Tensor = field(default_factory=lambda: torch.zeros(128, dtype=torch.int64), repr=False)
     _earlier_symbols: int = 0  # those under earlier codebooks

@@ -11,6 +11,7 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
+from hvd_qgenx.automatic import DENSE, AutoCompressor
 from hvd_qgenx.checks import (
     check_choice,
     check_integer,
@@ -19,8 +20,9 @@ from hvd_qgenx.checks import (
     check_process_set,
     check_type,
 )
-from hvd_qgenx.compressor import Compression, QGenXCompressor
-from hvd_qgenx.exchange import PLANS, Alone, CodedExchange, DenseExchange, Exchange
+from hvd_qgenx.compression import Compression
+from hvd_qgenx.compressor import QGenXCompressor
+from hvd_qgenx.exchange import PLANS, Alone, AutomaticExchange, CodedExchange, DenseExchange, Exchange
 from hvd_qgenx.extragradient import OptimizerView
 from hvd_qgenx.transports.horovod import HorovodTransport
 
@@ -70,7 +72,7 @@ class DistributedOptimizer(_Materialising):
     Args:
         optimizer: a torch.optim.Optimizer, ``ExtraGradient`` or ``QGenX``.
         named_parameters: (name, parameter) pairs of all parameters; names must be unique, also across networks.
-        compression: ``Compression.none``, ``.fp16``, ``.qgenx(...)``, or any compressor of Horovod's.
+        compression: ``Compression.none``, ``.fp16``, ``.qgenx(...)``, ``.auto``, or any compressor of Horovod's.
         backward_passes_per_step: accepted as Horovod's; gradients accumulate in ``p.grad`` and are exchanged in
             ``step`` whatever their number.
         op: ``hvd.Average`` or ``hvd.Sum``.
@@ -78,7 +80,10 @@ class DistributedOptimizer(_Materialising):
         num_groups, groups: accepted as Horovod's; all parameters travel in one message anyway.
         sparse_as_dense: must be true if a gradient is sparse.
         process_set: the ranks that take part; on others every step is local.
-        exchange: "allgather" of all ranks' payloads; "auto" chooses, and has one choice so far.
+        exchange: of coded gradients: "allgather" of all ranks' payloads, "two_phase" (shards to their owners, means
+            back), or "auto", which lets all ranks choose one of them and a part size before the first exchange, by a
+            measurement of less than a second; small networks, and ``QGenX``, have no choice and measure nothing. What
+            was chosen is in ``state_dict``, and logged by ``logging.getLogger("hvd_qgenx")``.
 
     Raises:
         ValueError: naming the argument and what is allowed.
@@ -113,7 +118,9 @@ class DistributedOptimizer(_Materialising):
         _check_predivide(gradient_predivide_factor, op)
         self.sparse_as_dense = sparse_as_dense
         self._names = _names(self, named_parameters)
-        self._exchange = _make_exchange(compression, process_set, op, gradient_predivide_factor, exchange)
+        wants_own = hasattr(optimizer, "squared_difference")
+        self._exchange = _make_exchange(compression, process_set, op, gradient_predivide_factor, exchange, wants_own)
+        self._asked = exchange
         self._describe()
         self._should_synchronize, self._synchronized, self._placeholder = True, False, False
         if hasattr(optimizer, "num_ranks"):
@@ -259,8 +266,8 @@ class DistributedOptimizer(_Materialising):
         # Now, since levels that are fitted below would read the last exchange's vectors wrongly.
         before = self._look_ahead(parameters) if ends_difference else []
         term = (lambda received: _squared_distance(before, received)) if ends_difference else None
-        fused = self._exchange.fuse([self._gradient(p) for p in parameters])
         self._exchange.settle()
+        fused = self._exchange.fuse([self._gradient(p) for p in parameters])
         self._exchange.adapt_if_due(fused, starts)
         submitted = self._exchange.submit(fused, stage, term, self._keeps(stage))
         collected = self._exchange.collect(submitted, self._ordered_names)
@@ -300,7 +307,7 @@ class DistributedOptimizer(_Materialising):
     def _describe(self) -> None:
         """Tells the exchange what ranks must have in common, a line each."""
         parameters = self._parameters()
-        kind = f"optimizer={type(self.optimizer).__name__}, op={self._exchange.op}"
+        kind = f"optimizer={type(self.optimizer).__name__}, op={self._exchange.op}, exchange={self._asked}"
         lines = [f"{self._names[p]} of shape {tuple(p.shape)} and type {p.dtype}" for p in parameters]
         sizes = [p.numel() for p in parameters]
         self._ordered_names = [self._names[p] for p in parameters]
@@ -315,7 +322,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         raise ValueError("optimizer must not be LBFGS: each rank's own loss would decide how often it evaluates")
 
 
-def _make_exchange(compression, process_set, op, predivide: float, plan: str) -> Exchange:
+def _make_exchange(compression, process_set, op, predivide: float, plan: str, wants_own: bool) -> Exchange:
     if not hvd.is_initialized():
         raise RuntimeError("Horovod is not initialized: call horovod.torch.init() first")
     if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
@@ -325,8 +332,15 @@ def _make_exchange(compression, process_set, op, predivide: float, plan: str) ->
     transport, operation = HorovodTransport(process_set), _operation(op)
     if transport.size == 1:
         return Alone(transport, operation)
+    if wants_own:
+        plan = "allgather"  # the one by which every rank learns every other's own vector
+    if isinstance(compression, AutoCompressor):
+        plans = [plan] if plan != "auto" else list(PLANS) if transport.size > 2 else ["allgather"]
+        return AutomaticExchange(
+            DENSE, compression.bits, compression.settings, transport, operation, plans, predivide, wants_own
+        )
     if isinstance(compression, QGenXCompressor):
-        return CodedExchange(compression.settings, transport, operation, "allgather" if plan == "auto" else plan)
+        return CodedExchange(compression.settings, transport, operation, plan)
     return DenseExchange(compression, transport, operation, predivide)
 
 

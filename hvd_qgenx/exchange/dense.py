@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx.communication import Communication
+from hvd_qgenx.exchange.cost import Work
 from hvd_qgenx.exchange.exchange import Collected, Exchange, Fused, Term, fuse
+from hvd_qgenx.exchange.rehearsal import Rehearsal, rehearse
 from hvd_qgenx.transports import Pending, Transport
 
 
@@ -106,13 +108,15 @@ class DenseExchange(Exchange):
                 part.fill_(torch.nan)
 
     def _allgather(self, vector: Tensor) -> Tensor:
-        compressed, context = self.compression.compress(vector)
+        with self.communication.measure("encode"):
+            compressed, context = self.compression.compress(vector)
         _, bodies = self.messenger.gather(self.envelope("vectors"), compressed.view(torch.uint8))
         received = [body.clone().view(compressed.dtype) for body in bodies]
-        self.kept = [self.compression.decompress(one, context) for one in received]
-        total = self.kept[0].clone()
-        for other in self.kept[1:]:
-            total.add_(other)
+        with self.communication.measure("decode"):
+            self.kept = [self.compression.decompress(one, context) for one in received]
+            total = self.kept[0].clone()
+            for other in self.kept[1:]:
+                total.add_(other)
         return total if self.op == "sum" else total.div_(len(self.kept))
 
     def _allreduce(self, vector: Tensor) -> Tensor:
@@ -135,3 +139,8 @@ class DenseExchange(Exchange):
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.kept_sizes = state.get("kept_sizes", [])
+
+
+def rehearse_dense(compression, ranks: int, keep: bool = False) -> Work:
+    """What a rank sends and computes beside the sum itself."""
+    return rehearse(DenseExchange(compression, Rehearsal(ranks)), 1, keep)

@@ -13,7 +13,7 @@ from hvd_qgenx.communication import Communication
 from hvd_qgenx.transports import Pending, Transport
 
 MAGIC, VERSION = b"QGXM", 1
-STAGES = ("step", "extrapolation", "agreement", "state", "adaptation", "vectors", "refusal")
+STAGES = ("step", "extrapolation", "agreement", "state", "adaptation", "vectors", "refusal", "measurement")
 
 # Lengths that change at every step would evict Horovod's response cache, so messages are padded to classes of this
 # many significant bits: 1.6 % more bytes at worst.
