@@ -14,6 +14,9 @@ from hvd_qgenx.key import Key
 from hvd_qgenx.levels import Levels
 from hvd_qgenx.payload import PayloadError
 
+# The function takes the place of the room of its name: an import of the room, later, leaves it there.
+from hvd_qgenx.probe import probe
+
 __version__ = "0.1.0"
 __all__ = [
     "Codec",
@@ -27,6 +30,7 @@ __all__ = [
     "Levels",
     "PayloadError",
     "QGenX",
+    "probe",
 ]
 
 

@@ -43,7 +43,7 @@ class AutoCompressor:
 
     def __init__(
         self,
-        bits: tuple[int, ...] = (8, 4, 3, 2),
+        bits: tuple[int, ...] = (8, 4, 3),
         settings: Settings | None = None,
         named_parameters: Iterable | None = None,
         process_set: Any = None,
@@ -59,7 +59,7 @@ class AutoCompressor:
 
     def __call__(
         self,
-        bits: Iterable[int] = (8, 4, 3, 2),
+        bits: Iterable[int] = (8, 4, 3),
         seed: int = 0,
         named_parameters: Iterable | None = None,
         process_set: Any = None,
@@ -68,7 +68,8 @@ class AutoCompressor:
         """A configured compressor.
 
         Args:
-            bits: widths of ``Compression.qgenx`` to choose from, beside none and fp16; may be empty.
+            bits: widths of ``Compression.qgenx`` to choose from, beside none and fp16; may be empty. Below 3 bits
+                rounding adds more variance than the gradient's own square, so that fast steps may not be worth it.
             seed, nonfinite: as of ``Compression.qgenx``, should that be chosen.
             named_parameters: all parameters; by their sizes the choice is made. Needed only where Horovod's optimizer
                 does not call, as in ``hvd.allreduce(tensor, compression=...)``: else the tensor alone counts.

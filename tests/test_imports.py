@@ -52,6 +52,8 @@ ROOMS = [
     "compressor",
     "automatic",
     "compression",
+    "probe",
+    "probe.__main__",
     "extragradient",
     "dual",
     "games",

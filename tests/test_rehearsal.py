@@ -7,7 +7,7 @@ from hvd_qgenx.adaptation import Settings, Statistics, fit
 from hvd_qgenx.compressor import FP16Compressor, NoneCompressor
 from hvd_qgenx.exchange.coded import CodedExchange, rehearse_coded
 from hvd_qgenx.exchange.dense import rehearse_dense
-from hvd_qgenx.exchange.rehearsal import Rehearsal, _even
+from hvd_qgenx.exchange.rehearsal import CODED, Rehearsal, _even
 
 SETTINGS = Settings(bits=4)
 
@@ -73,6 +73,6 @@ def test_dense_vectors_are_sent_as_they_are(compressor, size, keep):
 @pytest.mark.parametrize("ranks", [2, 3, 7, 64])
 @pytest.mark.parametrize("unit", [1, 1024, 16384])
 def test_shards_of_a_rehearsal_are_of_equal_lengths(ranks, unit):
-    layout = Settings(bucket_size=min(unit, 1024), min_numel=unit).codec().layout([_even(ranks * unit)])
+    layout = Settings(bucket_size=min(unit, 1024), min_numel=unit).codec().layout([_even(CODED, ranks * unit)])
     lengths = {shard.layout.numel for shard in layout.shards(ranks)}
     assert len(lengths) == 1

@@ -17,7 +17,7 @@ from hvd_qgenx.exchange.cost import Way, Work, needs_no_measurement
 from hvd_qgenx.exchange.exchange import Collected, Exchange, Fused, Term, fuse
 from hvd_qgenx.exchange.measurement import measure_and_choose
 from hvd_qgenx.exchange.plan import Buffers, Codecs, Flight, Outgoing, Plan
-from hvd_qgenx.exchange.rehearsal import Rehearsal, rehearse
+from hvd_qgenx.exchange.rehearsal import CODED, Rehearsal, rehearse
 from hvd_qgenx.exchange.two_phase import TwoPhase, fine_bits
 from hvd_qgenx.key import Key
 from hvd_qgenx.layout import Part
@@ -293,7 +293,7 @@ def rehearse_coded(settings: Settings, ranks: int, plan: str, keep: bool = False
     exchange = CodedExchange(settings, Rehearsal(ranks), plan=plan)
     exchange.codec, exchange.mean_codec = settings.typical_codec(), exchange.mean_settings.typical_codec()
     unit = -(-max(settings.min_numel, 1) // settings.bucket_size) * settings.bucket_size
-    return rehearse(exchange, unit, keep)
+    return rehearse(exchange, CODED, unit, keep)
 
 
 def _codec(settings: Settings, levels: Sequence[float], counts: Sequence[int] | None) -> Codec:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 #: Of equally fast ways, the more exact one is taken: one that takes up to this share more time counts as equally fast.
 TOLERANCE = 0.05
 #: float32 bytes below which no part is cut; the model's error would exceed what smaller ones can save.
-LEAST_PART_BYTES = 4 * 2**20
+LEAST_PART_BYTES = 8 * 2**20
 _PARTS = (1, 2, 4, 8, 16)
 _FLOAT32 = 4
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.exchange.cost import Work
 from hvd_qgenx.exchange.exchange import Collected, Exchange, Fused, Term, fuse
-from hvd_qgenx.exchange.rehearsal import Rehearsal, rehearse
+from hvd_qgenx.exchange.rehearsal import COPIED, Rehearsal, rehearse
 from hvd_qgenx.transports import Pending, Transport
 
 
@@ -143,4 +143,4 @@ class DenseExchange(Exchange):
 
 def rehearse_dense(compression, ranks: int, keep: bool = False) -> Work:
     """What a rank sends and computes beside the sum itself."""
-    return rehearse(DenseExchange(compression, Rehearsal(ranks)), 1, keep)
+    return rehearse(DenseExchange(compression, Rehearsal(ranks)), COPIED, keep=keep)

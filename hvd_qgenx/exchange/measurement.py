@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,8 +20,7 @@ _FIRST_BYTES, _MOST_BYTES = 2**16, 2**23
 _TINY_BYTES = 64
 #: A message that takes this long is large enough: latency and the clock are a small share of it. Several of them must
 #: fit into half a second.
-_ENOUGH_SECONDS = 0.025
-_ROUNDS = 3
+_ENOUGH_SECONDS = 0.015
 _KINDS = {"allreduce": "allreduce", "allgather": "allgather", "two_phase": "alltoall"}
 _LOGGER = logging.getLogger("hvd_qgenx")
 
@@ -73,7 +73,7 @@ class Meter:
             self._line(self._allreduce(dtype), whole // 2) if "allreduce" in kinds else allgather
             for dtype in (torch.float32, torch.float16)
         )
-        overlap = self._overlap(size) if "overlap" in kinds else 1.0
+        overlap = self._overlap(size, allgather.seconds(size)) if "overlap" in kinds else 1.0
         return Network(ranks, allgather, alltoall, allreduce, allreduce16, overlap)
 
     def _ladder(self) -> tuple[int, Line]:
@@ -88,11 +88,21 @@ class Meter:
         return all(self._time(self._allgather, size) >= _ENOUGH_SECONDS for _ in range(2))
 
     def _line(self, start: Start, size: int) -> Line:
-        """Through the medians of tiny messages and of messages of this size."""
-        tiny_bytes = _TINY_BYTES * self.transport.size
-        tiny = statistics.median(self._time(start, tiny_bytes) for _ in range(_ROUNDS))
-        large = statistics.median(self._time(start, size) for _ in range(_ROUNDS))
-        return Line(tiny, max(large - tiny, 0.0) / size)
+        """Through the shortest of a few tiny messages, since whatever else happens makes one late, and large ones."""
+        tiny = min(self._time(start, _TINY_BYTES * self.transport.size) for _ in range(3))
+        return Line(tiny, max(self._steady(start, size) - tiny, 0.0) / size)
+
+    def _steady(self, start: Start, size: int) -> float:
+        """The median of a few messages, one after another, of the slowest rank.
+
+        Links may let a burst of bytes through at once when they have rested: the first message uses that up.
+        """
+        self.slowest([0.0])
+        marks = []
+        for _ in range(5):
+            start(size).wait()
+            marks.append(time.perf_counter())
+        return self.slowest([statistics.median(end - begin for begin, end in pairwise(marks))])[0]
 
     def _time(self, start: Start, size: int) -> float:
         return self.seconds(lambda: start(size).wait())
@@ -113,18 +123,16 @@ class Meter:
     def _bytes(self, size: int) -> Tensor:
         return self.messenger.communication.count(torch.zeros(size, dtype=torch.uint8, device="cpu"))
 
-    def _overlap(self, size: int) -> float:
-        """The share of work that hides behind a message under way; 1 where ranks have cores to spare."""
-        vector = torch.ones(2**16, dtype=torch.float32, device="cpu")
-        wire, once = self._time(self._allgather, size), self.seconds(lambda: _repeat(vector, 100)) / 100
-        rounds = max(round(wire / once), 1)
-        return statistics.median(self._hidden(size, lambda: _repeat(vector, rounds)) for _ in range(_ROUNDS))
+    def _overlap(self, size: int, wire: float) -> float:
+        """The share of work that hides behind a message under way; 1 where ranks have cores to spare.
 
-    def _hidden(self, size: int, work: Callable[[], object]) -> float:
-        """(wire + work - both at once) / the shorter of them."""
-        wire, alone = self._time(self._allgather, size), self.seconds(work)
-        both = self.seconds(lambda: _at_once(self._allgather(size), work))
-        return min(max((wire + alone - both) / min(wire, alone), 0.0), 1.0)
+        (wire + work - both at once) / the shorter of them, for work about as long as a message of ``size`` takes.
+        """
+        vector = torch.ones(2**16, dtype=torch.float32, device="cpu")
+        rounds = max(round(wire / self.seconds(lambda: _repeat(vector, 100)) * 100), 1)
+        work = self.seconds(lambda: _repeat(vector, rounds))
+        both = [self.seconds(lambda: _at_once(self._allgather(size), vector, rounds)) for _ in range(2)]
+        return min(max((wire + work - sum(both) / 2) / min(wire, work), 0.0), 1.0)
 
 
 def measure_and_choose(
@@ -158,6 +166,6 @@ def _repeat(vector: Tensor, rounds: int) -> None:
         vector.mul_(1.0)
 
 
-def _at_once(pending: Pending, work: Callable[[], object]) -> None:
-    work()
+def _at_once(pending: Pending, vector: Tensor, rounds: int) -> None:
+    _repeat(vector, rounds)
     pending.wait()

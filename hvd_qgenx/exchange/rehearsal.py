@@ -12,8 +12,9 @@ from hvd_qgenx.exchange.cost import Work
 from hvd_qgenx.exchange.exchange import Exchange
 from hvd_qgenx.transports import Pending, Transport
 
-_NUMEL = 2**19  # 2 MiB: more than a core's own cache, and a millisecond for each payload
-_ROUNDS = 3
+#: Coordinates: half a millisecond for each payload, and about as much where vectors are only copied.
+CODED, COPIED = 2**18, 2**21
+_ROUNDS = 5
 
 
 class _Echo(Pending):
@@ -64,15 +65,16 @@ class Rehearsal(Transport):
         return _Echo(vector, 1)
 
 
-def rehearse(exchange: Exchange, unit: int, keep: bool = False) -> Work:
+def rehearse(exchange: Exchange, numel: int, unit: int = 1, keep: bool = False) -> Work:
     """What an exchange over a ``Rehearsal`` sends and computes for normal coordinates.
 
     Args:
+        numel: coordinates, about.
         unit: coordinates that are not cut further into shards; shards are of equal lengths here, since all ranks' mean
             is this rank's.
         keep: whether all ranks' own vectors are kept, as Algorithm 1 needs them.
     """
-    numel = _even(exchange.transport.size * unit)
+    numel = _even(numel, exchange.transport.size * unit)
     vector = torch.randn(numel, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     exchange.describe(["rehearsal"], [torch.float32], [numel])
     exchange.settle()
@@ -82,9 +84,9 @@ def rehearse(exchange: Exchange, unit: int, keep: bool = False) -> Work:
     return Work((sent - again) / numel, encode / numel, decode / numel, overhead, again / numel)
 
 
-def _even(shards: int) -> int:
-    """About ``_NUMEL`` coordinates, in shards of equally many pieces, and pieces of equally many units."""
-    units = max(_NUMEL // shards, 1)
+def _even(numel: int, shards: int) -> int:
+    """About ``numel`` coordinates, in shards of equally many pieces, and pieces of equally many units."""
+    units = max(numel // shards, 1)
     return shards * (units // 32 * 32 if units > 32 else units)
 
 
