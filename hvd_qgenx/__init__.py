@@ -6,13 +6,16 @@ backend in use: "avx2" or "portable", the compiled core, or "specification", pla
 
 from hvd_qgenx import backends
 from hvd_qgenx.codec import Codec
-from hvd_qgenx.compressor import Compression
+from hvd_qgenx.compression import Compression
 from hvd_qgenx.dual import QGenX
 from hvd_qgenx.extragradient import ExtraAdam, ExtraGradient, ExtraSGD
 from hvd_qgenx.games import Game
 from hvd_qgenx.key import Key
 from hvd_qgenx.levels import Levels
 from hvd_qgenx.payload import PayloadError
+
+# The function takes the place of the room of its name: an import of the room, later, leaves it there.
+from hvd_qgenx.probe import probe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "Levels",
     "PayloadError",
     "QGenX",
+    "probe",
 ]
 
 

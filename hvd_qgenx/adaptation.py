@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -12,7 +13,16 @@ from torch import Tensor
 from hvd_qgenx.backends.backend import FORMS
 from hvd_qgenx.checks import check_choice, check_integer, check_integers, check_non_negative
 from hvd_qgenx.codec import Codec
-from hvd_qgenx.fitting import BIN_EDGES, NUM_BINS, Distribution, truncated_normal
+from hvd_qgenx.fitting import (
+    BIN_EDGES,
+    NUM_BINS,
+    Distribution,
+    companded,
+    coordinate_descent,
+    normal_distribution,
+    spread,
+    truncated_normal,
+)
 from hvd_qgenx.layout import Layout
 from hvd_qgenx.levels import Levels, num_positive
 
@@ -76,6 +86,19 @@ class Settings:
     def describe(self) -> list[str]:
         """One line for each setting, for ranks to compare."""
         return [f"{field.name}={getattr(self, field.name)!r}" for field in fields(self)]
+
+    def typical_codec(self) -> Codec:
+        """About the codec that adaptation finds for normal coordinates: in a few milliseconds, and without a vector."""
+        if self.levels != "adaptive":
+            return self.codec()
+        return self.codec(_typical_levels(self.bits, self.norm, self.bucket_size))
+
+
+@lru_cache(maxsize=64)
+def _typical_levels(bits: int, norm: str, bucket_size: int) -> Levels:
+    """The fit itself, where levels are few; it takes a second for 127 of them, and companding comes near."""
+    search = coordinate_descent if num_positive(bits) <= 7 else companded
+    return Levels(tuple(spread(search(normal_distribution(norm, bucket_size), num_positive(bits))))).short()
 
 
 def _check_levels(levels: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _NUMBERS = itertools.count(1)
+PHASES = ("encode", "wait", "decode")
 
 
 @dataclass
@@ -33,6 +34,9 @@ class Communication:
         adaptations: how often ranks shared statistics to fit levels, in this process.
         adaptation_seconds, adaptation_bytes: what that took: wall time, waiting for the other ranks included, and
             the part of ``bytes_sent`` that statistics are.
+        measurement_bytes: the part of ``bytes_sent`` that was sent to measure the network, before "auto" chose.
+        seconds: wall time by phase: in "encode" and "decode", at work on vectors; in "wait", for messages of other
+            ranks. The same ranges are in torch's profiler, see ``measure``.
     """
 
     number: int = field(default_factory=lambda: next(_NUMBERS))
@@ -50,6 +54,8 @@ class Communication:
     adaptations: int = 0
     adaptation_seconds: float = 0.0
     adaptation_bytes: int = 0
+    measurement_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     _symbols: Tensor = field(default_factory=lambda: torch.zeros(128, dtype=torch.int64), repr=False)
     _earlier_symbols: int = 0  # those under earlier codebooks
     _earlier_bits: float = 0.0
@@ -72,6 +78,13 @@ class Communication:
         self._earlier_symbols += int(self._symbols.sum())
         self._symbols.zero_()
         self.codebook_version = version
+
+    def measure(self, phase: str) -> _Range:
+        """A context whose time is added to ``seconds[phase]``; "hvd_qgenx.encode" and so on in torch's profiler.
+
+        ``with torch.profiler.profile() as profile: ...`` and ``profile.export_chrome_trace(path)`` show the ranges.
+        """
+        return _Range(self.seconds, phase)
 
     @contextlib.contextmanager
     def adaptation(self):
@@ -134,6 +147,28 @@ class Communication:
                 f"{self.adaptation_bytes:,} bytes, {self.adaptation_seconds:.2g} s)"
             )
         return ", ".join(parts)
+
+
+class _Range:
+    """Adds the time inside it to ``seconds[phase]``, and is a range of torch's profiler if that is running."""
+
+    __slots__ = ("phase", "profiled", "seconds", "start")
+
+    def __init__(self, seconds: dict[str, float], phase: str):
+        self.seconds, self.phase = seconds, phase
+
+    def __enter__(self) -> None:
+        # Asked first, since a range that nobody records costs ten times as much as the rest of this.
+        is_recorded = torch.autograd.profiler._is_profiler_enabled
+        self.profiled = torch.profiler.record_function(f"hvd_qgenx.{self.phase}") if is_recorded else None
+        if self.profiled:
+            self.profiled.__enter__()
+        self.start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds[self.phase] += time.perf_counter() - self.start
+        if self.profiled:
+            self.profiled.__exit__(*error)
 
 
 def _entropy_bits(counts: Tensor) -> float:

@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Iterable
 from functools import cached_property
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -118,12 +119,15 @@ class QGenXCompressor:
     one with its own ``seed``. Right for ``op`` Average and Sum; any other raises at the first exchange.
     """
 
-    def __init__(self, settings: Settings | None = None, named_parameters: Iterable | None = None, process_set=None):
+    def __init__(
+        self, settings: Settings | None = None, named_parameters: Iterable | None = None, process_set=None,
+        exchange: CodedExchange | None = None,
+    ):  # fmt: skip
         self.settings = settings or Settings()
         self.process_set = None if process_set is None else check_process_set(process_set)
         self._named = check_named_parameters(named_parameters) if named_parameters is not None else []
-        self._communication = Communication()
-        self._made: CodedExchange | None = None
+        self._communication = exchange.communication if exchange else Communication()
+        self._made = exchange
         self._open = _Batch(0)
         self._lock = threading.Lock()
 
@@ -203,7 +207,7 @@ class QGenXCompressor:
         if check_gradient(tensor).requires_grad:
             raise ValueError("gradient must not require a gradient itself: rounding has none")
         with self._lock:
-            call = self._open.add(tensor, _is_called_by_optimizer())
+            call = self._open.add(tensor, is_optimizer(caller()))
         size, rank = self._ranks(call.batch)
         entries = [0.0] * (2 + size)
         entries[0], entries[1 + rank], entries[-1] = 1.0, call.number, rank + 1
@@ -267,7 +271,8 @@ class QGenXCompressor:
         exchange.settle()
         exchange.adapt_if_due(fused)
         arrived = exchange.start_allgather(fused, "step", first=batch.first).arrived
-        broken = arrived.decode_in_order(batch.targets(), factor)
+        with self._communication.measure("decode"):
+            broken = arrived.decode_in_order(batch.targets(), factor)
         for kept, is_broken in zip(batch.calls, broken, strict=False):
             if (call := kept()) is not None:
                 call.broken = is_broken
@@ -300,19 +305,19 @@ def check_horovod() -> None:
         ) from error
 
 
-def _is_called_by_optimizer() -> bool:
+def caller() -> FrameType:
+    """Who called ``compress``: the innermost frame outside of this package."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("hvd_qgenx."):
+        frame = frame.f_back
+    return frame
+
+
+def is_optimizer(frame: FrameType) -> bool:
     """Whether ``compress`` was called for a gradient of Horovod's optimizer.
 
     Horovod gives a gradient the memory of what ``decompress`` returns, so it may take the mean itself: nothing is
     copied, and views of it see the mean. What ``hvd.allreduce`` is given must stay as it is, and no argument tells
     the two apart.
     """
-    return sys._getframe(2).f_globals.get("__name__") == "horovod.torch.optimizer"
-
-
-class Compression:
-    """The choices: ``none``, ``fp16``, ``qgenx``; the first two are as in Horovod."""
-
-    none = NoneCompressor
-    fp16 = FP16Compressor
-    qgenx = QGenXCompressor()
+    return frame.f_globals.get("__name__") == "horovod.torch.optimizer"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx.adaptation import Settings
+from hvd_qgenx.automatic import DENSE, AutoCompressor
 from hvd_qgenx.checks import (
     check_choice,
     check_integer,
@@ -21,11 +22,13 @@ from hvd_qgenx.checks import (
     check_type,
 )
 from hvd_qgenx.communication import Communication
-from hvd_qgenx.compressor import Compression, NoneCompressor, QGenXCompressor
+from hvd_qgenx.compression import Compression
+from hvd_qgenx.compressor import NoneCompressor, QGenXCompressor
 from hvd_qgenx.exchange import (
     PLANS,
     AheadExchange,
     Alone,
+    AutomaticExchange,
     CodedExchange,
     DenseExchange,
     Exchange,
@@ -82,7 +85,7 @@ class DistributedOptimizer(_Materialising):
     Args:
         optimizer: a torch.optim.Optimizer, ``ExtraGradient`` or ``QGenX``.
         named_parameters: (name, parameter) pairs of all parameters; names must be unique, also across networks.
-        compression: ``Compression.none``, ``.fp16``, ``.qgenx(...)``, or any compressor of Horovod's.
+        compression: ``Compression.none``, ``.fp16``, ``.qgenx(...)``, ``.auto``, or any compressor of Horovod's.
         backward_passes_per_step: with ``overlap``, how many backwards precede a half-step: the last of them sends.
             Without, gradients accumulate in ``p.grad`` and are exchanged in the half-step whatever their number.
         op: ``hvd.Average`` or ``hvd.Sum``.
@@ -90,7 +93,10 @@ class DistributedOptimizer(_Materialising):
         num_groups, groups: accepted as Horovod's; all parameters travel in one message anyway.
         sparse_as_dense: must be true if a gradient is sparse.
         process_set: the ranks that take part; on others every step is local.
-        exchange: "allgather" of all ranks' payloads; "auto" chooses, and has one choice so far.
+        exchange: of coded gradients: "allgather" of all ranks' payloads, "two_phase" (shards to their owners, means
+            back), or "auto", which lets all ranks choose one of them and a part size before the first exchange, by a
+            measurement of less than a second; small networks, and ``QGenX``, have no choice and measure nothing. What
+            was chosen is in ``state_dict``, and logged by ``logging.getLogger("hvd_qgenx")``.
         overlap: sends parts of the gradient during backward, as soon as they are there, instead of all of it in the
             half-step; the same bits as in parts of that size without. Gradients must then not be changed between
             backward and half-step except after ``synchronize``. Nothing starts early where ``compression`` is none or
@@ -138,10 +144,12 @@ class DistributedOptimizer(_Materialising):
         self._names = _names(self, named_parameters)
         _check_started()
         # What needs every rank's own vector has it whole in one message.
-        ahead = overlap and not hasattr(optimizer, "squared_difference")
+        wants_own = hasattr(optimizer, "squared_difference")
         hosts = _hosts(hierarchical, optimizer, compression, process_set)
-        self._exchange = _make_exchange(compression, process_set, op, gradient_predivide_factor, exchange, ahead, hosts)
-        self._options = f"overlap={overlap}, hierarchical={bool(hierarchical)}"
+        self._exchange = _make_exchange(
+            compression, process_set, op, gradient_predivide_factor, exchange, wants_own, overlap, hosts
+        )
+        self._options = f"exchange={exchange}, overlap={overlap}, hierarchical={bool(hierarchical)}"
         self._overlap = Overlap(self._start_part, backward_passes_per_step)
         self._describe()
         self._should_synchronize, self._synchronized, self._placeholder = True, False, False
@@ -300,12 +308,12 @@ class DistributedOptimizer(_Materialising):
         before = self._look_ahead(parameters) if ends_difference else []
         term = (lambda received: _squared_distance(before, received)) if ends_difference else None
         starts, keeps = self._starts_iteration(stage), self._keeps(stage)
+        self._exchange.settle()
         try:
             fused = self._exchange.fuse([self._gradient(p) for p in parameters])
         except ValueError:
             self._exchange.refuse(starts, whole=ends_difference or keeps)
             raise
-        self._exchange.settle()
         self._exchange.adapt_if_due(fused, starts)
         submitted = self._exchange.submit(fused, stage, term, keeps)
         collected = self._exchange.collect(submitted, self._ordered_names)
@@ -386,7 +394,7 @@ def _hosts(hierarchical, optimizer: torch.optim.Optimizer, compression, process_
 
 
 def _make_exchange(
-    compression, process_set, op, predivide: float, plan: str, ahead: bool, hosts: Hosts | None
+    compression, process_set, op, predivide: float, plan: str, wants_own: bool, overlap: bool, hosts: Hosts | None
 ) -> Exchange:
     if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
         raise ValueError(f"compression must be one of Compression's or a compressor of Horovod's, got {compression!r}")
@@ -395,12 +403,21 @@ def _make_exchange(
     transport, operation = HorovodTransport(process_set), _operation(op)
     if transport.size == 1:
         return Alone(transport, operation)
+    if wants_own:
+        plan = "allgather"  # the one by which every rank learns every other's own vector
+    if isinstance(compression, AutoCompressor):
+        plans = [plan] if plan != "auto" else list(PLANS) if transport.size > 2 else ["allgather"]
+        return AutomaticExchange(
+            DENSE, compression.bits, compression.settings, transport, operation, plans, predivide, wants_own
+        )
     if isinstance(compression, QGenXCompressor):
-        plan, settings = "allgather" if plan == "auto" else plan, compression.settings
+        settings = compression.settings
+        # Where parts start early, or hosts come first, parts and plan must be known before anything is exchanged.
+        fixed = "allgather" if plan == "auto" else plan
         if hosts is not None:
-            return _make_hierarchical(transport, hosts, settings, operation, plan)
-        if ahead:
-            return AheadExchange(settings, transport, operation, plan, PART_BYTES)
+            return _make_hierarchical(transport, hosts, settings, operation, fixed)
+        if overlap and not wants_own:
+            return AheadExchange(settings, transport, operation, fixed, PART_BYTES)
         return CodedExchange(settings, transport, operation, plan)
     return DenseExchange(compression, transport, operation, predivide)
 

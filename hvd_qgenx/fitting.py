@@ -217,10 +217,10 @@ def starts(distribution: Distribution, size: int) -> list[list[float]]:
     uniform = [j / size for j in range(size + 1)]
     halving = [0.0] + [2.0 ** (j - size) for j in range(1, size + 1)]
     at_edges = exact(distribution, size, stride=3 if size < 32 else 1)
-    return [uniform, halving, distribution.quantiles(size), _companded(distribution, size), spread(at_edges)]
+    return [uniform, halving, distribution.quantiles(size), companded(distribution, size), spread(at_edges)]
 
 
-def _companded(distribution: Distribution, size: int) -> list[float]:
+def companded(distribution: Distribution, size: int) -> list[float]:
     """Levels as dense as the density to the power 5/16, near the optimal 1/3 of many levels (Panter and Dite, 1951).
 
     5/16 because square roots, unlike other powers, are the same bits on every machine.

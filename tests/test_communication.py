@@ -1,11 +1,12 @@
 """What Communication makes of what it counts."""
 
 import math
+import time
 
 import pytest
 import torch
 
-from hvd_qgenx.communication import Communication
+from hvd_qgenx.communication import PHASES, Communication
 
 
 def _entropy(counts):
@@ -75,3 +76,26 @@ def test_the_summary_is_one_line_with_what_there_is():
         "8.0x less than float32, relative variance 0.02, entropy of symbols 1.00 bits, "
         "codebook 3 (2 adaptations: 16,640 bytes, 0.012 s)"
     )
+
+
+def test_time_is_counted_by_phase():
+    communication = Communication()
+    assert communication.seconds == {"encode": 0.0, "wait": 0.0, "decode": 0.0}
+    with communication.measure("encode"):
+        time.sleep(0.02)
+    with pytest.raises(KeyError), communication.measure("wait"):
+        raise KeyError
+    seconds = communication.seconds
+    assert seconds["encode"] >= 0.02 > seconds["wait"] > 0.0 and seconds["decode"] == 0.0
+
+
+def test_phases_are_ranges_of_torchs_profiler_while_it_runs():
+    communication = Communication()
+    with communication.measure("wait"):
+        pass
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for phase in PHASES:
+            with communication.measure(phase):
+                torch.zeros(3).add_(1)
+    names = [event.name for event in profile.events() if event.name.startswith("hvd_qgenx.")]
+    assert names == ["hvd_qgenx.encode", "hvd_qgenx.wait", "hvd_qgenx.decode"]

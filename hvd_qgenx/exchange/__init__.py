@@ -1,6 +1,7 @@
 """The mean of a list of tensors over ranks; knows no framework. ``exchange.Exchange`` declares the verbs."""
 
 from hvd_qgenx.exchange.ahead import AheadExchange
+from hvd_qgenx.exchange.automatic import AutomaticExchange
 from hvd_qgenx.exchange.coded import PLANS, CodedExchange
 from hvd_qgenx.exchange.dense import DenseExchange
 from hvd_qgenx.exchange.exchange import Alone, Collected, Exchange
@@ -11,6 +12,7 @@ __all__ = [
     "PLANS",
     "AheadExchange",
     "Alone",
+    "AutomaticExchange",
     "CodedExchange",
     "Collected",
     "DenseExchange",

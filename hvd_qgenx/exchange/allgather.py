@@ -24,7 +24,8 @@ class Allgather(Plan):
     def start(self, codecs: Codecs, outgoing: Outgoing) -> AllgatherFlight:
         codec, part = codecs.own, outgoing.envelope.part
         buffer = self.buffers.take(f"allgather.{part}", bound(outgoing.layout, codec.codebook, inline=True))
-        drawn = codec.encode_segments(outgoing.segments, outgoing.layout, outgoing.key, buffer[ENVELOPE_BYTES:])
+        with self.messenger.communication.measure("encode"):
+            drawn = codec.encode_segments(outgoing.segments, outgoing.layout, outgoing.key, buffer[ENVELOPE_BYTES:])
         payload = buffer[ENVELOPE_BYTES : ENVELOPE_BYTES + drawn.size]
         term = outgoing.term(payload) if outgoing.term else 0.0
         message = seal(replace(outgoing.envelope, term=term), buffer, drawn.size)
@@ -56,7 +57,9 @@ class AllgatherFlight(Flight):
         return self.arrived.terms
 
     def collect(self, targets: Sequence[Tensor], factor: float) -> tuple[bool, ...]:
-        return self.arrived.mean_into(targets, factor)
+        arrived = self.arrived
+        with self.messenger.communication.measure("decode"):
+            return arrived.mean_into(targets, factor)
 
     @cached_property
     def _messages(self) -> tuple[list[Envelope], list[Tensor]]:

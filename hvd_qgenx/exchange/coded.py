@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,9 +14,12 @@ from hvd_qgenx.adaptation import Settings, Statistics, fit
 from hvd_qgenx.codec import Codec, as_segment
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.exchange.allgather import Allgather, AllgatherFlight, spoil
+from hvd_qgenx.exchange.cost import Way, Work, needs_no_measurement
 from hvd_qgenx.exchange.exchange import Collected, Exchange, Fused, Term, fuse
+from hvd_qgenx.exchange.measurement import measure_and_choose
 from hvd_qgenx.exchange.message import DisagreementError
 from hvd_qgenx.exchange.plan import Buffers, Codecs, Flight, Outgoing, Plan
+from hvd_qgenx.exchange.rehearsal import CODED, Rehearsal, rehearse
 from hvd_qgenx.exchange.two_phase import TwoPhase, fine_bits
 from hvd_qgenx.key import Key
 from hvd_qgenx.layout import Part
@@ -44,8 +48,9 @@ class CodedExchange(Exchange):
 
     Args:
         settings: what ``Compression.qgenx`` was told.
-        plan: a key of ``PLANS``.
-        part_bytes: of float32 coordinates that travel in one message; 0 sends all in one.
+        plan: a key of ``PLANS``, or "auto": all ranks choose one before the first exchange.
+        part_bytes: of float32 coordinates that travel in one message; 0 sends all in one, and None
+            is ``PART_BYTES``, or chosen with the plan.
     """
 
     def __init__(
@@ -54,14 +59,18 @@ class CodedExchange(Exchange):
         transport: Transport,
         op: str = "mean",
         plan: str = "allgather",
-        part_bytes: int = PART_BYTES,
+        part_bytes: int | None = None,
         communication: Communication | None = None,
     ):
         super().__init__(transport, op, communication)
-        self.settings, self.nonfinite, self.part_bytes = settings, settings.nonfinite, part_bytes
+        self.settings, self.nonfinite = settings, settings.nonfinite
+        self.part_bytes = PART_BYTES if part_bytes is None else part_bytes
         self.codec = settings.codec()
         self.buffers = Buffers()
-        self.plan = PLANS[plan](self.messenger, self.buffers)
+        self.plan = PLANS["allgather" if plan == "auto" else plan](self.messenger, self.buffers)
+        self._chooses, self._chooses_parts = plan == "auto", plan == "auto" and part_bytes is None
+        #: What was chosen: plan, part_bytes, and among how many ranks.
+        self.chosen: dict | None = None
         # What needs every rank's own vector takes this one, whatever the plan.
         self.allgather = Allgather(self.messenger, self.buffers)
         self.version = 0
@@ -80,6 +89,33 @@ class CodedExchange(Exchange):
     def describe(self, lines: Sequence[str], dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> None:
         super().describe(lines, dtypes, sizes)
         self.buffers.clear()  # they are cut for other sizes
+
+    # ---- the plan ----------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        super().settle()
+        if self._chooses and self.chosen is None:
+            self._choose()
+
+    def _choose(self) -> None:
+        """All ranks take the same plan and part size, by a measurement where there is something to choose."""
+        ranks, numel = self.transport.size, sum(self.sizes)
+        plans = tuple(PLANS) if ranks > 2 else ("allgather",)
+        if needs_no_measurement(plans, ranks, numel):
+            self._use_plan("allgather", 0)
+            return
+        ways = {
+            Way("qgenx", self.settings.bits, plan): partial(rehearse_coded, self.settings, ranks, plan)
+            for plan in plans
+        }
+        choice = measure_and_choose(self.messenger, self.step, ways, numel)
+        self._use_plan(choice.way.plan, choice.part_bytes(numel))
+
+    def _use_plan(self, plan: str, part_bytes: int) -> None:
+        self.plan = PLANS[plan](self.messenger, self.buffers)
+        if self._chooses_parts:
+            self.part_bytes = part_bytes
+        self.chosen = {"plan": plan, "part_bytes": part_bytes, "ranks": self.transport.size}
 
     # ---- levels ------------------------------------------------------------------------------------------------------
 
@@ -232,13 +268,15 @@ class CodedExchange(Exchange):
     # ---- memory ------------------------------------------------------------------------------------------------------
 
     def _position(self) -> list[int]:
-        return [self.step, self.iteration, self.version, self.next_fit_at, self.codec.codebook.hash]
+        plan = 1 + list(PLANS).index(self.chosen["plan"]) if self.chosen else 0
+        return [self.step, self.iteration, self.version, self.next_fit_at, self.codec.codebook.hash, plan]
 
     def state_dict(self) -> dict:
         """Counters, the codebook in use and what it belongs to: plain numbers and words."""
         counts = None if self.codec.counts is None else list(self.codec.counts)
         return {
             **super().state_dict(),
+            "chosen": self.chosen,
             "version": self.version,
             "first_fit_at": self.next_fit_at,
             "levels": list(self.codec.levels.values),
@@ -253,11 +291,22 @@ class CodedExchange(Exchange):
         if state["settings"] != self.settings_lines():
             self.next_fit_at = max(self.iteration, 1)
             return
+        chosen = state.get("chosen")  # by another number of ranks it would be another one
+        if self._chooses and chosen and chosen["ranks"] == self.transport.size:
+            self._use_plan(chosen["plan"], chosen["part_bytes"])
         self.next_fit_at = state["first_fit_at"]
         self._use(_codec(self.settings, state["levels"], state["counts"]), state["version"])
         levels = state.get("mean_levels")  # which earlier releases did not have
         if levels and len(levels) == self.mean_codec.levels.num_levels + 1:
             self.mean_codec = _codec(self.mean_settings, levels, state["mean_counts"])
+
+
+def rehearse_coded(settings: Settings, ranks: int, plan: str, keep: bool = False) -> Work:
+    """What a rank sends and computes by this plan, with levels about as they will be fitted."""
+    exchange = CodedExchange(settings, Rehearsal(ranks), plan=plan, part_bytes=0)
+    exchange.codec, exchange.mean_codec = settings.typical_codec(), exchange.mean_settings.typical_codec()
+    unit = -(-max(settings.min_numel, 1) // settings.bucket_size) * settings.bucket_size
+    return rehearse(exchange, CODED, unit, keep)
 
 
 def _codec(settings: Settings, levels: Sequence[float], counts: Sequence[int] | None) -> Codec:

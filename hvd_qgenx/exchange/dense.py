@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx.communication import Communication
+from hvd_qgenx.exchange.cost import Work
 from hvd_qgenx.exchange.exchange import Collected, Exchange, Fused, Term, fuse
+from hvd_qgenx.exchange.rehearsal import COPIED, Rehearsal, rehearse
 from hvd_qgenx.transports import Pending, Transport
 
 
@@ -70,11 +72,13 @@ class DenseExchange(Exchange):
         others = torch.stack([body.clone().view(torch.int64).view(2, -1) for body in bodies])
         present, common = others[:, 0].amax(dim=0).bool().tolist(), others[:, 1].amax(dim=0).tolist()
         self.kept = None
-        vector = self._joined(submitted.fused, common)
+        with self.communication.measure("encode"):
+            vector = self._joined(submitted.fused, common)
         mean = (self._allgather if submitted.keep else self._allreduce)(vector)
         self.kept_sizes = common
         parts = mean.split(common)
-        self._spoil(mean, parts, names)
+        with self.communication.measure("decode"):
+            self._spoil(mean, parts, names)
         means = [part if there else None for part, there in zip(parts, present, strict=True)]
         return Collected(means, [envelope.term for envelope in envelopes])
 
@@ -104,22 +108,27 @@ class DenseExchange(Exchange):
                 part.fill_(torch.nan)
 
     def _allgather(self, vector: Tensor) -> Tensor:
-        compressed, context = self.compression.compress(vector)
+        with self.communication.measure("encode"):
+            compressed, context = self.compression.compress(vector)
         _, bodies = self.messenger.gather(self.envelope("vectors"), compressed.view(torch.uint8))
         received = [body.clone().view(compressed.dtype) for body in bodies]
-        self.kept = [self.compression.decompress(one, context) for one in received]
-        total = self.kept[0].clone()
-        for other in self.kept[1:]:
-            total.add_(other)
+        with self.communication.measure("decode"):
+            self.kept = [self.compression.decompress(one, context) for one in received]
+            total = self.kept[0].clone()
+            for other in self.kept[1:]:
+                total.add_(other)
         return total if self.op == "sum" else total.div_(len(self.kept))
 
     def _allreduce(self, vector: Tensor) -> Tensor:
-        compressed, context = self.compression.compress(vector)
+        with self.communication.measure("encode"):
+            compressed, context = self.compression.compress(vector)
         if len(compressed) == 0:
             return vector
         counted = self.communication.count(compressed)
         pending = self.transport.allreduce(counted, "hvd_qgenx.allreduce", self.op == "mean", self.predivide)
-        return self.compression.decompress(pending.wait(), context)
+        reduced = self.messenger.wait(pending)
+        with self.communication.measure("decode"):
+            return self.compression.decompress(reduced, context)
 
     def last_as_received(self) -> list[Tensor | None] | None:
         return None if self.kept is None else list(self.kept[self.transport.rank].split(self.kept_sizes))
@@ -130,3 +139,8 @@ class DenseExchange(Exchange):
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.kept_sizes = state.get("kept_sizes", [])
+
+
+def rehearse_dense(compression, ranks: int, keep: bool = False) -> Work:
+    """What a rank sends and computes beside the sum itself."""
+    return rehearse(DenseExchange(compression, Rehearsal(ranks)), COPIED, keep=keep)

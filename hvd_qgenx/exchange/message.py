@@ -13,7 +13,9 @@ from hvd_qgenx.communication import Communication
 from hvd_qgenx.transports import Pending, Transport
 
 MAGIC, VERSION = b"QGXM", 1
-STAGES = ("step", "extrapolation", "agreement", "state", "adaptation", "vectors", "refusal", "void")
+STAGES = (
+    "step", "extrapolation", "agreement", "state", "adaptation", "vectors", "refusal", "void", "measurement",
+)  # fmt: skip
 
 # Lengths that change at every step would evict Horovod's response cache, so messages are padded to classes of this
 # many significant bits: 1.6 % more bytes at worst.
@@ -156,9 +158,14 @@ class Messenger:
 
     def finish(self, pending: Pending) -> tuple[list[Envelope], list[Tensor]]:
         """All ranks' envelopes and bodies. Raises DisagreementError if they are not at the same exchange."""
-        envelopes, bodies = split(pending.wait())
+        envelopes, bodies = split(self.wait(pending))
         compare(envelopes, self.transport.size)
         return envelopes, bodies
+
+    def wait(self, pending: Pending) -> Tensor:
+        """The result of an operation."""
+        with self.communication.measure("wait"):
+            return pending.wait()
 
     def start_body(self, envelope: Envelope, body: Tensor) -> Pending:
         """Starts an allgather of a small message, in a buffer of its own."""

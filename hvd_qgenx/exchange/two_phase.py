@@ -80,7 +80,8 @@ class TwoPhaseFlight(Flight):
         segments = shard.cut(self.outgoing.segments)
         key = self.outgoing.key.within(part=self.part, shard=rank)
         layout = shard.layout.of(list(map(Tensor.numel, segments)))
-        drawn = self.codec.encode_segments(segments, layout, key, buffer[ENVELOPE_BYTES:])
+        with self.messenger.communication.measure("encode"):
+            drawn = self.codec.encode_segments(segments, layout, key, buffer[ENVELOPE_BYTES:])
         return drawn, seal(self.outgoing.envelope, buffer, drawn.size)
 
     def landed(self) -> list[Envelope]:
@@ -89,7 +90,7 @@ class TwoPhaseFlight(Flight):
     @cached_property
     def _messages(self) -> tuple[list[Envelope], list[Tensor]]:
         """All ranks' payloads of the shard that this rank owns."""
-        return split(self._pending.wait())
+        return split(self.messenger.wait(self._pending))
 
     def advance(self) -> None:
         """Averages the shard that this rank owns and sends the mean."""
@@ -98,14 +99,16 @@ class TwoPhaseFlight(Flight):
         arrived = Arrived(self.codec, envelopes, payloads)
         sizes = arrived.common_sizes()
         means = list(self.buffers.take_floats(f"mean.{self.part}", sum(sizes)).split(list(sizes)))
-        arrived.mean_into(means)
+        with self.messenger.communication.measure("decode"):
+            arrived.mean_into(means)
         self._pending = self._send_mean(means)
 
     def _send_mean(self, means: Sequence[Tensor]) -> Pending:
         shard, key = self.shards[self.rank], self.outgoing.key.within(phase=1, part=self.part, shard=self.rank)
         layout = shard.layout.of(list(map(Tensor.numel, means)))
         buffer = self.buffers.take(f"means.{self.part}", bound(shard.layout, self.fine.codebook, inline=True))
-        self.mean_drawn = self.fine.encode_segments(means, layout, key, buffer[ENVELOPE_BYTES:])
+        with self.messenger.communication.measure("encode"):
+            self.mean_drawn = self.fine.encode_segments(means, layout, key, buffer[ENVELOPE_BYTES:])
         message = seal(replace(self.outgoing.envelope, phase=1), buffer, self.mean_drawn.size)
         return self.messenger.start(message, self.part, phase=1)
 
@@ -128,8 +131,13 @@ class TwoPhaseFlight(Flight):
         return self.arrived.terms
 
     def collect(self, targets: Sequence[Tensor], factor: float) -> tuple[bool, ...]:
+        arrived = self.arrived
+        with self.messenger.communication.measure("decode"):
+            return self._decode(arrived, targets, factor)
+
+    def _decode(self, arrived: Arrived, targets: Sequence[Tensor], factor: float) -> tuple[bool, ...]:
         broken = [False] * len(targets)
-        for shard, payload in zip(self.shards, self.arrived.payloads, strict=True):
+        for shard, payload in zip(self.shards, arrived.payloads, strict=True):
             pieces = shard.cut(targets)
             flags = self.fine.decode_sections([payload], pieces, None, factor)
             for piece, flag in zip(shard.slices, flags, strict=True):

@@ -16,6 +16,12 @@ from hvd_qgenx.transports.hosts import Place, check_hosts, group
 _POLL_SECONDS = 1e-4
 
 
+def start() -> int:
+    """Connects this process with the others, unless it is; returns its rank among all."""
+    hvd.init()
+    return hvd.rank()
+
+
 class _Handle(Pending):
     """A handle of Horovod's; its own wait spins, and takes the core that a slower rank needs to arrive."""
 
