@@ -415,7 +415,7 @@ def _make_hierarchical(
     same = Communication(across.communication.number)  # so that ranks tell optimizers apart by one number
     dense = DenseExchange(NoneCompressor, hosts.within, "sum", communication=same)
     within = dense if hosts.within.size > 1 else Alone(hosts.within, "sum", same)
-    return HierarchicalExchange(transport, within, across, count)
+    return HierarchicalExchange(transport, within, across, count, settings.nonfinite)
 
 
 def _operation(op) -> str:

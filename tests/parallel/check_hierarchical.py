@@ -250,6 +250,7 @@ def test_a_checkpoint_of_an_exchange_without_hosts_goes_on_with_them():
     assert same_on_all_ranks(model.parameters())
 
 
+@several_hosts
 def test_ranks_with_other_settings_all_learn_both():
     model = network()
     optimizer = wrap(model, choice=Compression.qgenx(bits=3 if hvd.rank() == LAST else 4))
