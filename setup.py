@@ -27,9 +27,13 @@ class BuildWheel(bdist_wheel):
 
 
 def index_page():
-    """README.md without what leads nowhere outside the source tree: pictures go, links become a text and a path."""
+    """README.md as a package index can show it, which has none of the files that pictures and links lead to.
+
+    Pictures go; a link becomes its text, and its path if that is another. No address of the source tree is known.
+    """
     text = re.sub(r"!\[[^]]*\]\((?!https:)[^)]*\)\n*", "", Path("README.md").read_text(encoding="utf-8"))
-    return re.sub(r"\[([^]]*)\]\((?!https:)([^)]*)\)", lambda link: " ".join(dict.fromkeys(link.groups())), text)
+    text = re.sub(r"\[([^]]*)\]\((?!https:)([^)]*)\)", lambda link: " ".join(dict.fromkeys(link.groups())), text)
+    return f"{text}\nThe source distribution holds the files that are named here.\n"
 
 
 setup(

@@ -429,11 +429,10 @@ def _make_hierarchical(
     count = hosts.leaders.size
     coded = count > 1
     across = CodedExchange(settings, hosts.leaders, operation, plan) if coded else Alone(hosts.within, operation)
-    across.nonfinite = settings.nonfinite  # also where there is one host, and nothing is coded
     same = Communication(across.communication.number)  # so that ranks tell optimizers apart by one number
     dense = DenseExchange(NoneCompressor, hosts.within, "sum", communication=same)
     within = dense if hosts.within.size > 1 else Alone(hosts.within, "sum", same)
-    return HierarchicalExchange(transport, within, across, count)
+    return HierarchicalExchange(transport, within, across, count, settings.nonfinite)
 
 
 def _operation(op) -> str:

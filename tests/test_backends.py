@@ -168,6 +168,7 @@ def test_statistics_are_the_same_integers(name, norm, min_numel, form):
     assert found[0] == expected[0] and all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_the_largest_of_a_hundred_million_elements_never_passes_its_level(name):
     """Under L-infinity the largest of a bucket is its norm: by every draw it takes the last level, and none passes."""
@@ -236,6 +237,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 def test_memory_that_is_missing_blames_no_payload():
     done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True)
     assert done.stdout.strip() == "MemoryError out of memory", done.stdout + done.stderr

@@ -40,6 +40,7 @@ def test_there_are_twenty_histograms():
     assert len(HISTOGRAMS) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(20))
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_coordinate_descent_is_near_the_exact_optimum(index, bits):
@@ -137,6 +138,7 @@ def test_a_rate_weight_of_zero_is_the_fit_of_the_variance(method):
         assert Levels.fitted(counts, 4, method, 0.0, plain) == Levels.fitted(counts, 4, method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("index", range(20))
 def test_a_larger_rate_weight_never_gives_more_bits_nor_less_variance(index, bits):

@@ -40,9 +40,55 @@ def test_whole_runs_end_in_the_same_bits_as_ever():
     assert done.returncode == 0, done.stdout[-8000:]
 
 
-def test_every_rank_of_two_hosts_passes():
+@pytest.mark.parametrize("hosts", ["localhost:2,127.0.0.1:2", "localhost:1,127.0.0.1:3", "localhost:4"])
+def test_every_rank_of_several_hosts_passes(hosts):
     """One machine under two names: Horovod counts local ranks for each."""
-    done = run_ranks("gloo", 4, _pytest("check_hierarchical.py"), hosts="localhost:2,127.0.0.1:2")
+    done = run_ranks("gloo", 4, _pytest("check_hierarchical.py"), hosts=hosts)
+    assert done.returncode == 0, done.stdout[-8000:]
+
+
+WITHOUT_PROCESS_SETS = """
+import horovod.torch as hvd, hvd_qgenx, torch
+hvd.init()
+try:
+    hvd_qgenx.DistributedOptimizer(
+        torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1),
+        compression=hvd_qgenx.Compression.qgenx(bits=4),
+        hierarchical=True,
+    )
+    raise SystemExit("no error")
+except ValueError as error:
+    assert "hierarchical=True could not make the process set of ranks" in str(error), error
+    assert "run with HOROVOD_DYNAMIC_PROCESS_SETS=1, or make two sets" in str(error), error
+"""
+
+
+def test_hosts_need_process_sets_and_say_so():
+    command = [sys.executable, "-c", WITHOUT_PROCESS_SETS]
+    done = run_ranks("gloo", 2, command, "localhost:1,127.0.0.1:1", HOROVOD_DYNAMIC_PROCESS_SETS="0")
+    assert done.returncode == 0, done.stdout[-8000:]
+
+
+GIVEN_PROCESS_SETS = """
+import horovod.torch as hvd, hvd_qgenx, torch
+hosts, leaders = [hvd.ProcessSet([0, 1]), hvd.ProcessSet([2])], hvd.ProcessSet([0, 2])
+hvd.init(process_sets=[*hosts, leaders])
+p = torch.zeros(2, requires_grad=True)
+optimizer = hvd_qgenx.DistributedOptimizer(
+    torch.optim.SGD([p], lr=1.0),
+    compression=hvd_qgenx.Compression.qgenx(bits=4),
+    hierarchical=(next(host for host in hosts if host.included()), leaders),
+)
+p.grad = torch.tensor([3.0 * hvd.rank(), 1.0])
+optimizer.step()
+# A sum of 3, times 2 / 3, and 6 times 2 / 3, halved: three float32 roundings.
+assert torch.allclose(p, torch.tensor([-3.0, -1.0]), rtol=3 * 2**-23, atol=0), p
+"""
+
+
+def test_process_sets_made_at_the_start_can_be_given():
+    command = [sys.executable, "-c", GIVEN_PROCESS_SETS]
+    done = run_ranks("gloo", 3, command, HOROVOD_DYNAMIC_PROCESS_SETS="0")
     assert done.returncode == 0, done.stdout[-8000:]
 
 

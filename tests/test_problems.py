@@ -31,6 +31,7 @@ def test_the_operator_is_monotone(name):
         assert (product > -1e-14).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gap_is_positive_and_falls_to_zero_at_the_solution(name):
     """Extra-gradient with a step below 1 / L gets there, on projections too; the gap of the last point shows it."""

@@ -129,6 +129,7 @@ def test_asking_for_the_table_prints_it_and_draws_nothing(rates, monkeypatch, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_asking_for_the_pictures_draws_them_and_prints_nothing(rates, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(rates, "FOLDER", tmp_path)
     rates.main(["--plot"])

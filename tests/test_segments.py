@@ -101,6 +101,7 @@ def _expected_sums(codec, tensors):
     return _sum(errors), _sum(raw + coded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("levels", [Levels.uniform(2), Levels.uniform(4), Levels.exponential(4), Levels.uniform(8),
                                     Levels.exponential(5), Levels.exponential(8)])  # fmt: skip
@@ -312,6 +313,7 @@ def test_arguments_that_are_no_payloads_fault_are_value_errors(path):
             call()
 
 
+@pytest.mark.slow
 def test_no_memory_is_a_memory_error():
     """The statistics of buckets of one coordinate need a norm for each, 128 MB that the process may not have."""
     program = """

@@ -63,6 +63,7 @@ def test_plain_descent_diverges_and_is_told_so(tmp_path, games, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("Diverged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("game", ["regularised", "quadratic", "matrix", "logistic"])
 @pytest.mark.parametrize("method", ["optimistic", "past_sgd"])
 def test_every_other_game_is_played(tmp_path, games, game, method):

@@ -48,19 +48,20 @@ class HierarchicalExchange(Exchange):
         within: the exchange of this rank's host, with op "sum"; its first rank leads.
         across: that of the leaders.
         hosts: how many there are.
+        nonfinite: what a mean that is not finite does.
     """
 
-    def __init__(self, transport: Transport, within: Exchange, across: Exchange, hosts: int):
+    def __init__(self, transport: Transport, within: Exchange, across: Exchange, hosts: int, nonfinite: str):
         super().__init__(transport, across.op, across.communication)
         self.within, self.across, self.hosts = within, across, hosts
         self.leads = within.transport.size == 1 or within.transport.rank == 0
-        self.nonfinite = across.nonfinite
+        self.nonfinite = nonfinite
         within.reports = across.reports = False  # means are looked at here, where all ranks have them
         self._starts_iteration = True
         self._told: dict = {}
 
     def settings_lines(self) -> list[str]:
-        return [*self.across.settings_lines(), f"hosts={self.hosts}"]
+        return [*self.across.settings_lines(), f"hosts={self.hosts}, nonfinite={self.nonfinite}"]
 
     def describe(self, lines: Sequence[str], dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> None:
         super().describe(lines, dtypes, sizes)

@@ -85,9 +85,13 @@ class HorovodTransport(Transport):
 class _Leaders(HorovodTransport):
     """The first ranks of all hosts; of as many ranks also as seen from those that it does not include."""
 
+    def __init__(self, process_set, hosts: int):
+        super().__init__(process_set)
+        self.hosts = hosts
+
     @property
     def size(self) -> int:
-        return len(self.process_set.ranks)
+        return self.hosts
 
 
 class Hosts(NamedTuple):
@@ -119,9 +123,10 @@ def hosts_of(process_set, sets=None) -> Hosts | None:
     hosts = [[rank for rank in host if rank in ranks] for host in group(places)]
     hosts = [host for host in hosts if host]
     made = [_process_set(host, process_set) for host in hosts]
-    leaders = _process_set([host[0] for host in hosts], process_set)
+    # One host alone has nothing to exchange with others.
+    leaders = _process_set([host[0] for host in hosts], process_set) if len(hosts) > 1 else made[0]
     own = [one for one, host in zip(made, hosts, strict=True) if hvd.rank() in host]
-    return Hosts(HorovodTransport(own[0]), _Leaders(leaders)) if own else None
+    return Hosts(HorovodTransport(own[0]), _Leaders(leaders, len(hosts))) if own else None
 
 
 def _given_hosts(process_set, sets) -> Hosts | None:
@@ -129,7 +134,7 @@ def _given_hosts(process_set, sets) -> Hosts | None:
         return None
     described = [_gathered(one.ranks, process_set) for one in sets]
     check_hosts(process_set.ranks, list(zip(*described, strict=True)))
-    return Hosts(HorovodTransport(sets[0]), _Leaders(sets[1]))
+    return Hosts(HorovodTransport(sets[0]), _Leaders(sets[1], len(sets[1].ranks)))
 
 
 def _gathered(numbers: Sequence[int], process_set) -> list[list[int]]:

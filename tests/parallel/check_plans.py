@@ -221,3 +221,19 @@ def test_gradients_are_overwritten_where_they_lie():
     optimizer.step()
     assert same_on_all_ranks([flat])
     assert all(p.grad.data_ptr() == part.data_ptr() for p, part in zip(parameters, parts, strict=True))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("made", [0, 2, 3])  # ranks agree in the first exchange and fit levels in the fourth
+def test_a_rank_that_cannot_send_tells_the_others_in_the_way_they_wait(plan, made):
+    parameters, optimizer = _optimizer(plan)
+    for call in range(made):
+        _step(parameters, optimizer, _gradients(call))
+    gradients = _gradients(made)
+    if hvd.rank() == RANKS - 1:
+        gradients[0] = gradients[0].to_sparse()
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        _step(parameters, optimizer, gradients)
+    *others, last = gathered(str(raised.value))
+    assert last == "the gradient of parameter.0.0 is sparse: pass sparse_as_dense=True"
+    assert all(f"rank {RANKS - 1} at exchange {made} (refusal)" in other for other in others)
