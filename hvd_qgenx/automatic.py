@@ -139,7 +139,7 @@ class AutoCompressor:
 
             transport = HorovodTransport(self.process_set)
             self._made = AutomaticExchange(
-                DENSE, self.bits, self.settings, transport, in_parts=False, communication=self.communication
+                DENSE, self.bits, self.settings, transport, drop_in=True, communication=self.communication
             )
         return self._made
 

@@ -56,8 +56,11 @@ def test_in_one_part_an_exchange_takes_the_sum_of_its_stages():
     # encode 8 * 2, told 1, allreduce 3 + .125 * 32, decode 8 * 4.
     assert estimate(network, NONE, Work(4.0, 2.0, 4.0), 8) == (16 + 1 + 3 + 4 + 32, 4.0, 4.0, 48.0)
     assert estimate(network, FP16, Work(2.0, 2.0, 4.0), 8) == (16 + 1 + 5 + 1 + 32, 6.0, 1.0, 48.0)
+    assert estimate(network, FP16, Work(2.0, 2.0, 4.0), 8, tokens=True) == (16 + 5 + 1 + 32, 5.0, 1.0, 48.0)
     # encode 8 * 2, allgather 1 + .5 * 4, decode 8 * 4, and 7 for a message.
     assert estimate(network, ALLGATHER, Work(0.5, 2.0, 4.0, 7.0), 8) == (16 + 1 + 2 + 32 + 7, 1.0, 2.0, 55.0)
+    # and under the drop-in tokens first, by an allreduce.
+    assert estimate(network, ALLGATHER, Work(0.5, 2.0, 4.0, 7.0), 8, tokens=True) == (61, 4.0, 2.0, 55.0)
     # the same bytes by alltoall 2 + .25 * 4, then 1 + .5 * 2.
     assert estimate(network, TWO_PHASE, Work(0.5, 2.0, 4.0, 0.0, 0.25), 8) == (16 + 3 + 2 + 32, 3.0, 2.0, 48.0)
 
@@ -204,6 +207,11 @@ def test_link_bytes_are_those_of_rings():
 
 def test_the_explanation_says_what_why_and_what_else():
     network, works = Network.ideal(3, 1e-3, GIGABIT), _works(3)
-    said = explain(network, works, LARGE, choose(network, works, LARGE))
+    said = explain(
+        network,
+        {way: choose(network, {way: work}, LARGE) for way, work in works.items()},
+        LARGE,
+        choose(network, works, LARGE),
+    )
     assert said.startswith("qgenx 4 bits by two_phase in ") and "25,000,000 coordinates on 3 ranks" in said
     assert "bound by wire" in said and "none by allreduce" in said and "125 MB/s a link" in said

@@ -82,8 +82,38 @@ def test_the_compressor_takes_the_arguments_of_the_contract():
     ]
 
 
+def test_the_chooser_takes_of_them_what_it_can_pass_on():
+    names = list(inspect.signature(hvd_qgenx.Compression.auto.__call__).parameters)
+    assert names == ["bits", "seed", "named_parameters", "process_set", "nonfinite"]
+    qgenx = inspect.signature(hvd_qgenx.Compression.qgenx.__call__).parameters
+    auto = inspect.signature(hvd_qgenx.Compression.auto.__call__).parameters
+    assert all(auto[name].default == qgenx[name].default for name in names[1:])
+
+
+def test_the_probe_takes_one_of_three_sizes():
+    parameters = inspect.signature(hvd_qgenx.probe).parameters
+    assert list(parameters)[:3] == ["numel", "sizes", "model"]
+    assert all(parameter.default is not inspect.Parameter.empty for parameter in parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": [9]}, "bits must be an integer between 2 and 8, got 9"),
+        ({"bits": 4}, "bits must be a sequence of integers"),
+        ({"nonfinite": "zero"}, "nonfinite must be one of 'nan', 'raise'"),
+        ({"seed": -1}, "seed must be an integer between 0"),
+        ({"process_set": 3}, "process_set must be a horovod.torch.ProcessSet"),
+        ({"named_parameters": [1]}, "named_parameters must be"),
+    ],
+)
+def test_a_wrong_argument_of_the_chooser_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        hvd_qgenx.Compression.auto(**options)
+
+
 def test_compressors_have_horovods_interface():
-    for compressor in (hvd_qgenx.Compression.none, hvd_qgenx.Compression.fp16):
+    for compressor in (hvd_qgenx.Compression.none, hvd_qgenx.Compression.fp16, hvd_qgenx.Compression.auto):
         theirs = hvd.Compression.none
         assert _parameters(compressor.compress) == _parameters(theirs.compress)
         assert _parameters(compressor.decompress) == _parameters(theirs.decompress)

@@ -31,17 +31,17 @@ class AutomaticExchange(Exchange):
         plans: of the coded kind.
         predivide: of the dense kind.
         keep: whether ``submit(keep=True)`` will be said.
-        in_parts: whether vectors may be cut; not with ``keep``.
+        drop_in: whether tokens tell who has what, and all vectors travel in one message.
     """
 
     def __init__(
         self, dense: Mapping[str, Any], bits: Sequence[int], settings: Settings, transport: Transport,
         op: str = "mean", plans: Sequence[str] = ("allgather",), predivide: float = 1.0, keep: bool = False,
-        in_parts: bool = True, communication: Communication | None = None,
+        drop_in: bool = False, communication: Communication | None = None,
     ):  # fmt: skip
         super().__init__(transport, op, communication)
         self.dense, self.bits, self.settings, self.plans = dense, tuple(bits), settings, tuple(plans)
-        self.predivide, self.keep, self.in_parts = predivide, keep, in_parts and not keep
+        self.predivide, self.keep, self.drop_in = predivide, keep, drop_in
         #: What was chosen: compression, bits, plan, part_bytes, and among how many ranks.
         self.chosen: dict | None = None
         self.kind: Exchange | None = None
@@ -67,7 +67,8 @@ class AutomaticExchange(Exchange):
 
     def _choose(self) -> None:
         numel = sum(self.sizes)
-        choice = measure_and_choose(self.messenger, self.step, self._ways(), numel, self.in_parts)
+        in_parts = not (self.keep or self.drop_in)
+        choice = measure_and_choose(self.messenger, self.step, self._ways(), numel, in_parts, self.drop_in)
         self._use(**choice.way._asdict(), part_bytes=choice.part_bytes(numel))
 
     def _ways(self) -> dict[Way, Callable[[], Work]]:

@@ -4,9 +4,11 @@ The model. A collective takes ``latency + per_byte * bytes`` of what a rank hand
 that is a line for each of Horovod's, whatever it makes of the bytes. A rank's own work takes seconds per coordinate
 (encode, decode) and a constant for each message. An exchange is a row of stages, by turns work and wire:
 
-    none, fp16   encode, [who has what], allreduce, decode
+    none, fp16   encode, a tiny allgather (who has what), allreduce, decode
     allgather    encode, allgather of m bytes, decode K payloads
     two_phase    encode, alltoall of m bytes, decode K shards and encode their mean, allgather of m' / K bytes, decode
+
+Under the drop-in the tiny message is Horovod's, of tokens, and precedes the coded ways instead.
 
 In P parts, part i + 1 is at work while part i is on the wire: work and wire each take stage after stage, part after
 part, as ``CodedExchange`` does, which gives the time of perfect overlap. Where cores are few, the wire's own copies
@@ -140,9 +142,15 @@ class _Stage(NamedTuple):
         return self.line.seconds(self.size) if self.line else self.work
 
 
-def estimate(network: Network, way: Way, work: Work, numel: int, parts: int = 1) -> Estimate:
-    """What ``numel`` coordinates in so many parts are expected to take; see the room's model."""
+def estimate(network: Network, way: Way, work: Work, numel: int, parts: int = 1, tokens: bool = False) -> Estimate:
+    """What ``numel`` coordinates in so many parts are expected to take; see the room's model.
+
+    Args:
+        tokens: whether tokens tell who has what, as under the drop-in.
+    """
     stages = _STAGES[way.plan](network, way, work, numel / parts)
+    if tokens == (way.plan != "allreduce"):
+        stages.insert(1, _Stage(line=network.allreduce if tokens else network.allgather))
     overhead = parts * work.overhead
     lines = [stage for stage in stages if stage.line]
     latency = parts * sum(stage.line.latency for stage in lines if stage.line)
@@ -153,21 +161,19 @@ def estimate(network: Network, way: Way, work: Work, numel: int, parts: int = 1)
     return Estimate(total - network.overlap * hidden, latency, wire, codec)
 
 
-def best(network: Network, way: Way, work: Work, numel: int) -> Choice:
-    """A way in the smallest number of parts that is within ``TOLERANCE`` of its fastest."""
-    return choose(network, {way: work}, numel)
-
-
-def choose(network: Network, works: Mapping[Way, Work], numel: int, in_parts: bool = True) -> Choice:
+def choose(
+    network: Network, works: Mapping[Way, Work], numel: int, in_parts: bool = True, tokens: bool = False
+) -> Choice:
     """The fastest way for ``numel`` coordinates, and in how many parts.
 
     Args:
         works: in their order from the most exact way to the least; of those within ``TOLERANCE`` of the fastest the
             first is taken, and of its numbers of parts the smallest.
         in_parts: whether vectors may be cut; what an allreduce carries never is.
+        tokens: as of ``estimate``.
     """
     found = [
-        Choice(way, parts, estimate(network, way, work, numel, parts))
+        Choice(way, parts, estimate(network, way, work, numel, parts, tokens))
         for way, work in works.items()
         for parts in _PARTS
         if parts == 1 or (in_parts and way.plan != "allreduce" and numel * _FLOAT32 >= parts * LEAST_PART_BYTES)
@@ -176,15 +182,15 @@ def choose(network: Network, works: Mapping[Way, Work], numel: int, in_parts: bo
     return next(choice for choice in found if choice.estimate.seconds <= limit)
 
 
-def explain(network: Network, works: Mapping[Way, Work], numel: int, choice: Choice) -> str:
-    """One line: what was chosen, why, and what else there was."""
+def explain(network: Network, alone: Mapping[Way, Choice], numel: int, choice: Choice) -> str:
+    """One line: what was chosen, why, and what else there was.
+
+    Args:
+        alone: what would have been chosen if each way had been the only one.
+    """
     line, expected, overlap = network.allgather, choice.estimate, 100 * network.overlap
     parts = f" in {choice.parts} parts" if choice.parts > 1 else ""
-    others = [
-        f"{way} {1e3 * best(network, way, work, numel).estimate.seconds:.3g} ms"
-        for way, work in works.items()
-        if way != choice.way
-    ]
+    others = [f"{way} {1e3 * other.estimate.seconds:.3g} ms" for way, other in alone.items() if way != choice.way]
     rate = 1e-6 * (network.ranks - 1) / line.per_byte if line.per_byte else math.inf
     return (
         f"{choice.way}{parts} was chosen for {numel:,} coordinates on {network.ranks} ranks: "
@@ -214,8 +220,7 @@ def link_bytes(way: Way, ranks: int, sent: float, sent_again: float = 0.0) -> fl
 
 def _allreduce(network: Network, way: Way, work: Work, numel: float) -> list[_Stage]:
     line = network.allreduce16 if way.compression == "fp16" else network.allreduce
-    told = _Stage(line=network.allgather)
-    return [_Stage(work.encode * numel), told, _Stage(line=line, size=work.sent * numel), _Stage(work.decode * numel)]
+    return [_Stage(work.encode * numel), _Stage(line=line, size=work.sent * numel), _Stage(work.decode * numel)]
 
 
 def _allgather(network: Network, way: Way, work: Work, numel: float) -> list[_Stage]:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -16,7 +17,8 @@ from hvd_qgenx.exchange.cost import LEAST_PART_BYTES, Choice, Line, Network, Way
 from hvd_qgenx.exchange.message import Envelope, Messenger
 from hvd_qgenx.transports import Pending
 
-_FIRST_BYTES, _MOST_BYTES = 2**16, 2**23
+#: On a link the first message is as long as the burst that links commonly let through at once.
+_FIRST_LINK_BYTES, _MOST_BYTES = 2**18, 2**23
 _TINY_BYTES = 64
 #: A message that takes this long is large enough: latency and the clock are a small share of it. Several of them must
 #: fit into half a second.
@@ -78,7 +80,7 @@ class Meter:
 
     def _ladder(self) -> tuple[int, Line]:
         """A message large enough to be timed, and the allgather's line."""
-        size = _FIRST_BYTES
+        size = max(_FIRST_LINK_BYTES // max(self.transport.size - 1, 1), _TINY_BYTES)
         while size < _MOST_BYTES and not self._is_enough(size):
             size *= 2
         return size, self._line(self._allgather, size)
@@ -136,8 +138,9 @@ class Meter:
 
 
 def measure_and_choose(
-    messenger: Messenger, step: int, rehearsals: Mapping[Way, Callable[[], Work]], numel: int, in_parts: bool = True
-) -> Choice:
+    messenger: Messenger, step: int, rehearsals: Mapping[Way, Callable[[], Work]], numel: int,
+    in_parts: bool = True, tokens: bool = False,
+) -> Choice:  # fmt: skip
     """The choice among ways to exchange ``numel`` coordinates; the same on all ranks, and logged by the first.
 
     Every rank decides by the same numbers: those of the slowest rank. It takes about half a second, on slow links too.
@@ -145,7 +148,7 @@ def measure_and_choose(
     Args:
         rehearsals: of every way what a rank sends and computes, from the most exact way to the least.
         numel: where ranks say different numbers, the largest counts.
-        in_parts: whether vectors may be cut.
+        in_parts, tokens: as of ``cost.choose``.
     """
     meter, sent = Meter(messenger, step), messenger.communication.bytes_sent
     numel = int(meter.slowest([numel])[0])
@@ -154,10 +157,12 @@ def measure_and_choose(
         kinds.add("overlap")
     network = meter.network(kinds)
     works = {way: meter.work(rehearsal) for way, rehearsal in rehearsals.items()}
-    choice = choose(network, works, numel, in_parts)
+    decide = partial(choose, network, numel=numel, in_parts=in_parts, tokens=tokens)
+    choice = decide(works)
     messenger.communication.measurement_bytes += messenger.communication.bytes_sent - sent
     if messenger.transport.rank == 0:
-        _LOGGER.info("%s", explain(network, works, numel, choice))
+        alone = {way: decide({way: work}) for way, work in works.items()}
+        _LOGGER.info("%s", explain(network, alone, numel, choice))
     return choice
 
 

@@ -28,7 +28,7 @@ from hvd_qgenx.communication import Communication
 from hvd_qgenx.compressor import check_horovod
 from hvd_qgenx.exchange import PLANS, CodedExchange, DenseExchange, Exchange
 from hvd_qgenx.exchange.coded import rehearse_coded
-from hvd_qgenx.exchange.cost import TOLERANCE, Network, Way, Work, best, estimate, link_bytes
+from hvd_qgenx.exchange.cost import TOLERANCE, Network, Way, Work, choose, estimate, link_bytes
 from hvd_qgenx.exchange.dense import rehearse_dense
 from hvd_qgenx.exchange.measurement import Meter
 from hvd_qgenx.exchange.message import Messenger
@@ -88,7 +88,8 @@ class Row:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What ``probe`` found; equal on all ranks. ``str()`` of it is a table.
+    """What ``probe`` found, of the slowest rank and of the one that sends most; equal on all ranks. ``str()`` is a
+    table.
 
     Attributes:
         ranks, threads, numel, tensors: how many ranks, threads of each, coordinates, and tensors that hold them.
@@ -215,14 +216,15 @@ class _Probe:
         ways = [
             (way, work, parts)
             for way, work in works.items()
-            for parts in sorted({1, best(network, way, work, self.numel).parts})
+            for parts in sorted({1, choose(network, {way: work}, self.numel).parts})
         ]
         rows = []
         for index, (way, work, parts) in enumerate(ways):
             row = self._row(network, way, work, parts, len(ways) - index)
             self.say(f"probe: {index + 1} of {len(ways)}, {row.name} by {row.plan}: {_digits(row.ms)} ms")
             rows.append(row)
-        return ProbeResult(network.ranks, torch.get_num_threads(), self.numel, len(self.sizes), network, tuple(rows))
+        threads = int(self.meter.slowest([torch.get_num_threads()])[0])
+        return ProbeResult(network.ranks, threads, self.numel, len(self.sizes), network, tuple(rows))
 
     def _row(self, network: Network, way: Way, work: Work, parts: int, ways_left: int) -> Row:
         share = max(self.meter.slowest([self.end - time.monotonic()])[0], 0.0) / ways_left
@@ -264,7 +266,8 @@ class _Probe:
             times.append(self._exchange(exchange, numel, sizes))
         after = (exchange.communication.bytes_sent, exchange.communication.second_phase_bytes)
         sent, again = ((now - then) / len(times) for now, then in zip(after, before, strict=True))
-        return times, sent, again, self.meter.slowest([exchange.communication.variance or 0.0])[0]
+        sent, again, variance = self.meter.slowest([sent, again, exchange.communication.variance or 0.0])
+        return times, sent, again, variance
 
     def _exchange(self, exchange: Exchange, numel: int, sizes: Sequence[int]) -> float:
         self.gradient[:numel].copy_(self.values[:numel])  # the mean is decoded into it
@@ -345,7 +348,7 @@ def _function(named: str) -> Callable[[], Any]:
     for module in (package, f"{package}.models"):
         try:
             found = getattr(importlib.import_module(module), name or "-", None)
-        except (ImportError, ValueError) as error:
+        except (ImportError, RuntimeError, ValueError) as error:  # torchvision for another torch raises the second
             raise ValueError(f"model must be 'package:function', got {named!r}: {error}") from None
         if callable(found):
             return found
