@@ -633,7 +633,7 @@ def test_ranks_of_which_some_overlap_all_learn_both():
     optimizer = wrap(model, hvd.rank() != 1)
     loss(model).backward()
     message = message_on_all_ranks(RuntimeError, optimizer.step)
-    ends = (f"overlap={rank == 0}, hierarchical=False" for rank in (0, 1))
+    ends = (f"exchange=allgather, overlap={rank == 0}, hierarchical=False" for rank in (0, 1))
     seen = [f"rank {rank} has optimizer=SGD, op=mean, {end}" for rank, end in enumerate(ends)]
     assert message == f"ranks disagree: {', '.join(seen)}"
 
