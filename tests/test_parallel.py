@@ -85,6 +85,7 @@ p.grad = torch.tensor([3.0 * hvd.rank(), 1.0])
 optimizer.step()
 # A sum of 3, times 2 / 3, and 6 times 2 / 3, halved: three float32 roundings.
 assert torch.allclose(p, torch.tensor([-3.0, -1.0]), rtol=3 * 2**-23, atol=0), p
+hvd.barrier()  # a host alone is through before the others, and its end would be theirs
 """
 
 
