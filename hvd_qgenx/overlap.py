@@ -80,7 +80,7 @@ class Overlap:
 
     def end(self) -> bool:
         """Ends the exchange, whether it was made or given up; says whether what was started still is what it was."""
-        stands = not self._replaced
+        stands = not self._cleared
         for index, sent in self._sent.items():
             stands = stands and sent.is_still(self._parameters[index].grad)
         self._forget()
@@ -91,7 +91,7 @@ class Overlap:
         self._missing = [sum(self._parameters[i].requires_grad for i in members) for members in self._members]
         self._next = len(self._members) - 1
         self._sent: dict[int, _Sent] = {}
-        self._replaced = False
+        self._cleared = False
         for p in self._parameters if self._members else ():
             if p.requires_grad and p not in self._hooked:
                 p.register_post_accumulate_grad_hook(self._accumulate)
@@ -104,24 +104,27 @@ class Overlap:
                 return
             index = self._index[p]
             if index in self._sent:
-                self._check_replaced(index)
+                self._check_cleared(index)
             self._accumulated[index] += 1
             if self._accumulated[index] == self.passes:
                 for part in self._parts_of[index]:
                     self._missing[part] -= 1
             self._start_what_is_ready()
 
-    def _check_replaced(self, index: int) -> None:
-        if self._parameters[index].grad is self._sent[index].gradient:
+    def _check_cleared(self, index: int) -> None:
+        """Raises RuntimeError unless somebody cleared the gradient meanwhile, so that this is another try."""
+        gradient, sent = self._parameters[index].grad, self._sent[index]
+        # Accumulating in place is one change.
+        if gradient is not None and gradient is sent.gradient and gradient._version == sent.version + 1:
             raise RuntimeError(
                 f"the gradient of {self._names[index]} was accumulated again after it was sent: with overlap=True the "
                 f"backward of number backward_passes_per_step sends, which is {self.passes}; pass the number of "
                 "backwards that precede a half-step"
             )
-        self._replaced = True  # somebody cleared it: an earlier backward was given up
+        self._cleared = True
 
     def _start_what_is_ready(self) -> None:
-        while self._next > 0 and not self._missing[self._next] and not self._replaced:
+        while self._next > 0 and not self._missing[self._next] and not self._cleared:
             gradients = [self._parameters[index].grad for index in self._members[self._next]]
             if not self._send(gradients):
                 self._next = 0

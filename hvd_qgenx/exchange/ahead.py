@@ -1,9 +1,9 @@
 """The coded kind, whose parts may start before the whole vector is known: while backward still makes the rest.
 
 Ranks start parts as they can and need not start the same ones. Part 0 always starts in ``submit``, and says whether its
-sender still means what it started. It does not if tensors have changed since: a step that was given up, a gradient
-that was changed in place, a state that was loaded. Nobody could know before. So where one rank does not, all ranks wait
-for what is under way, drop it undecoded, and send everything again under the same number.
+sender still means what it started. It does not if tensors have changed since: a step was given up, a gradient was
+changed in place, a state was loaded. Nobody could know before. So where one rank does not, all ranks wait for what is
+under way, drop it undecoded, and send everything again under the same number.
 """
 
 from __future__ import annotations

@@ -264,6 +264,7 @@ def test_a_further_backward_is_an_error_where_it_happens_and_nowhere_else(ranks,
         ("optimizer", "sgd", "allgather"),
         ("optimizer", "extra_adam", "two_phase"),
         ("model", "sgd", "two_phase"),
+        ("model in place", "sgd", "allgather"),
         ("in place", "extra_adam", "allgather"),
         ("by hand", "sgd", "allgather"),
     ],
@@ -288,8 +289,8 @@ def _clear(model, optimizer, how):
     if how == "by hand":
         for p in model.parameters():
             p.grad = None
-    elif how == "model":
-        model.zero_grad()
+    elif how.startswith("model"):
+        model.zero_grad(set_to_none=how == "model")
     else:
         optimizer.zero_grad(set_to_none=how != "in place")
 

@@ -11,6 +11,7 @@ import torch
 from ranks import gathered, network, same_on_all_ranks
 
 import hvd_qgenx
+from hvd_qgenx import distributed, exchange
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 RECIPES = dict(re.findall(r"```python\n# recipe: (\w+)\n(.*?)```", PAGE, re.S))
@@ -171,6 +172,31 @@ def _half_steps(task, count):
         task.opt.zero_grad()
         task.loss().backward()
         task.opt.step() if task.opt.extrapolated else task.opt.extrapolation()
+
+
+def test_overlap_ends_in_the_bits_of_the_same_parts_without_it(monkeypatch):
+    monkeypatch.setattr(distributed, "PART_BYTES", 4096)  # the network has 14 KB
+    ends = []
+    for recipe in (RECIPES["overlap"], RECIPES["overlap"].replace("overlap=True", "overlap=False")):
+        task = Task()
+        monkeypatch.setitem(RECIPES, "overlap", recipe)
+        monkeypatch.setattr(exchange.CodedExchange, "_parts", _parts_of_4096_bytes)
+        torch.manual_seed(5 + hvd.rank())
+        names = run("overlap", **task.names, passes=2)
+        assert names["opt"].communication.exchanges == 3 and len(task.batches) == 6
+        assert same_on_all_ranks(task.model.parameters()) and task.moved()
+        ends.append(torch.cat([p.detach().reshape(-1) for p in task.model.parameters()]))
+    assert torch.equal(*ends)
+
+
+def _parts_of_4096_bytes(self):
+    return self.codec.layout(self.sizes).parts(4096)
+
+
+def test_a_hierarchy_counts_what_stays_within_the_host(task):
+    names = run("hierarchical", **task.names)
+    assert names["opt"].communication.exchanges == 6 and names["opt"].communication.host_bytes > 0
+    assert same_on_all_ranks(task.model.parameters()) and task.moved()
 
 
 def test_every_recipe_was_run():
