@@ -336,11 +336,15 @@ def test_after_a_step_given_up_parts_start_early_again():
 
 def _set_one(gradient):
     gradient[0, 1] = 7.0
-    return gradient
 
 
-def _replace(p, gradient):
-    p.grad = gradient
+def _replace(p):
+    """By a copy that differs in one coordinate and was changed as often."""
+    copied = p.grad.clone()
+    copied.data[0, 1] = 7.0
+    while copied._version < p.grad._version:
+        copied.add_(0.0)
+    p.grad = copied
 
 
 CHANGES = {
@@ -349,7 +353,7 @@ CHANGES = {
     "scaled by .data": lambda model: [p.grad.data.mul_(0.5) for p in model.parameters()],
     "replaced": lambda model: [setattr(p, "grad", p.grad * 0.5) for p in model.parameters()],
     "one coordinate": lambda model: _set_one(model[2].weight.grad),
-    "one coordinate of a copy": lambda model: _replace(model[2].weight, _set_one(model[2].weight.grad.clone())),
+    "one coordinate of a copy": lambda model: _replace(model[2].weight),
     "one dropped": lambda model: setattr(model[4].bias, "grad", None),
 }
 
