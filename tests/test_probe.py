@@ -167,12 +167,14 @@ USES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [*permutations(USES)], ids=", then ".join)
 def test_the_function_and_the_program_of_one_name_do_not_hinder_each_other(order):
     done = _python("\n".join([*(USES[use] for use in order), USES["as a function"]]))
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_program_warns_of_nothing_and_says_what_it_needs():
     command = [sys.executable, "-W", "error", "-m", "hvd_qgenx.probe"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True)
@@ -184,12 +186,14 @@ def test_the_program_warns_of_nothing_and_says_what_it_needs():
     )
 
 
+@pytest.mark.slow
 def test_without_horovod_the_probe_says_how_to_get_it():
     code = "import sys; sys.modules['horovod'] = None\nimport hvd_qgenx\nhvd_qgenx.probe(numel=5)"
     done = _python(code)
     assert done.returncode == 1 and "needs Horovod with PyTorch: pip install" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_before_horovod_is_initialized_the_probe_says_what_to_call():
     done = _python("import hvd_qgenx\nhvd_qgenx.probe(numel=5)")
     assert done.stderr.splitlines()[-1] == ("RuntimeError: Horovod is not initialized: call horovod.torch.init() first")
