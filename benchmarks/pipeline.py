@@ -1,7 +1,7 @@
 """One exchange in parts, as it went: when each rank encoded, waited and decoded.
 
     horovodrun -np 3 python benchmarks/pipeline.py --trace trace.json       # draws docs/pipeline.png
-    python benchmarks/laboratory.py --hosts 3 --rate 1gbit -- python benchmarks/pipeline.py --network "1 Gbit/s"
+    python benchmarks/laboratory.py --hosts 3 --rate 1gbit -- python benchmarks/pipeline.py --link "1 Gbit/s"
 
 The ranges are those that torch's profiler has recorded on each rank, read from the Chrome trace that it exports;
 chrome://tracing and Perfetto show the same file. Nothing is drawn that was not in it. Ranks must share a clock, so
@@ -131,14 +131,14 @@ def main() -> None:
     parser.add_argument("--exchanges", type=int, default=7)
     parser.add_argument("--trace", type=Path, help="keep the Chrome trace of rank 0's last exchange")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pipeline.png")
-    parser.add_argument("--network", default="", help="words for the title, such as '1 Gbit/s'")
+    parser.add_argument("--link", default="", help="words for the title, such as '1 Gbit/s'")
     flags = parser.parse_args()
     runs, parts = record(flags)
     if not runs:
         return
     ranks = sorted(runs, key=length)[len(runs) // 2]
     title = f"{flags.numel:,} coordinates, {flags.bits} bits, {flags.plan} in {parts} parts"
-    draw(ranks, ", ".join(filter(None, [title, flags.network, provenance()["commit"]])), flags.out)
+    draw(ranks, ", ".join(filter(None, [title, flags.link, provenance()["commit"]])), flags.out)
     print(f"{flags.out}: {1e3 * length(ranks):.0f} ms", flush=True)
 
 
