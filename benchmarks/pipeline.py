@@ -57,14 +57,14 @@ def record(flags) -> tuple[list[list[list[Range]]], int]:
 
     from hvd_qgenx.adaptation import Settings
     from hvd_qgenx.exchange import CodedExchange
+    from hvd_qgenx.exchange.cost import part_bytes
     from hvd_qgenx.transports.horovod import HorovodTransport
 
     hvd.init()
     torch.set_num_threads(1)
     settings = Settings(bits=flags.bits, adapt_at=(0,), adapt_every=0)
-    exchange = CodedExchange(
-        settings, HorovodTransport(), plan=flags.plan, part_bytes=-(-4 * flags.numel // flags.parts)
-    )
+    size = part_bytes(flags.numel, flags.parts)
+    exchange = CodedExchange(settings, HorovodTransport(), plan=flags.plan, part_bytes=size)
     exchange.describe(["pipeline"], [torch.float32], [flags.numel])
     values = torch.randn(flags.numel, generator=torch.Generator().manual_seed(hvd.rank()))
     runs, trace = [], flags.trace if hvd.rank() == 0 else None
@@ -124,7 +124,7 @@ def draw(ranks: list[list[Range]], title: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--numel", type=int, default=25_000_000)
-    parser.add_argument("--parts", type=int, default=6, help="about how many")
+    parser.add_argument("--parts", type=int, default=6)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--plan", choices=["allgather", "two_phase"], default="allgather")
     parser.add_argument("--warmups", type=int, default=3, help="the first of them fits levels")
