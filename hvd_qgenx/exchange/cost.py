@@ -23,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from hvd_qgenx.layout import MAX_BUCKET_SIZE
+
 #: Of equally fast ways, the more exact one is taken: one that takes up to this share more time counts as equally fast.
 TOLERANCE = 0.05
 #: float32 bytes below which no part is cut; the model's error would exceed what smaller ones can save.
@@ -126,8 +128,16 @@ class Choice:
     estimate: Estimate
 
     def part_bytes(self, numel: int) -> int:
-        """float32 bytes of a part; 0 for all in one message."""
-        return -(-numel * _FLOAT32 // self.parts) if self.parts > 1 else 0
+        """As of ``part_bytes``."""
+        return part_bytes(numel, self.parts)
+
+
+def part_bytes(numel: int, parts: int) -> int:
+    """float32 bytes of a part of one vector; 0 for all in one message.
+
+    Whole buckets, of any usual size: parts are cut at buckets, and a little less each would leave a small one over.
+    """
+    return _FLOAT32 * MAX_BUCKET_SIZE * -(-numel // (parts * MAX_BUCKET_SIZE)) if parts > 1 else 0
 
 
 class _Stage(NamedTuple):
