@@ -23,10 +23,10 @@ import threading
 import time
 from pathlib import Path
 
-import horovod.torch as hvd
 import numpy as np
+import ranks
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, DistributedSampler
 
 PATIENCE = 10.0  # seconds without a byte after which a source is given up
 
@@ -58,9 +58,9 @@ def load_images(choice: str = "auto", patience: float = PATIENCE) -> tuple[np.nd
     """
     reasons = []
     for source in CHOICES[choice]:
-        answer = attempt(source, patience) if hvd.local_rank() == 0 else (None, None)
+        answer = attempt(source, patience) if ranks.local_rank() == 0 else (None, None)
         # One rank's failure must be everybody's: a rank that left alone would leave the others waiting for it.
-        answers = hvd.allgather_object((socket.gethostname(), *answer), name=f"train.data.{source}")
+        answers = ranks.gather_objects((socket.gethostname(), *answer), name=f"train.data.{source}")
         failures = [reason for _, _, reason in answers if reason]
         if not failures:
             images, origin = open_array(answer[0] or path_on_this_host(answers))
@@ -82,32 +82,29 @@ def open_array(path: str) -> tuple[np.ndarray, str]:
 
 
 def announce(text: str) -> None:
-    if hvd.rank() == 0:
+    if ranks.rank() == 0:
         print(text, flush=True)
 
 
-def minibatches(images: np.ndarray, batch: int, seed: int, rank: int, size: int):
-    """Endless float32 minibatches of shape (batch, 3, 32, 32) in [-1, 1] from this rank's shard, new in each epoch."""
+def minibatches(images: np.ndarray, batch: int, seed: int, rank: int, size: int, drawn: int = 0):
+    """Endless float32 minibatches of shape (batch, 3, 32, 32) in [-1, 1] from this rank's shard, new in each epoch.
+
+    The first ``drawn`` of them are left out, without reading an image: a run that goes on has had them.
+    """
     sampler = DistributedSampler(range(len(images)), size, rank, shuffle=True, seed=seed, drop_last=True)
     if len(sampler) < batch:
         raise SourceError(f"A shard of {len(sampler)} images is too small for {batch} images per rank and minibatch.")
-    loader = DataLoader(ScaledImages(images), sampler=BatchSampler(sampler, batch, drop_last=True), batch_size=None)
-    for epoch in itertools.count():
+    epoch, place = divmod(drawn, len(sampler) // batch)
+    while True:
         sampler.set_epoch(epoch)
-        yield from loader
+        for indices in itertools.islice(BatchSampler(sampler, batch, drop_last=True), place, None):
+            yield scaled(images[indices])
+        epoch, place = epoch + 1, 0
 
 
-class ScaledImages(Dataset):
-    """Indexed by a list: one whole minibatch, uint8 0..255 mapped to float32 -1..1."""
-
-    def __init__(self, images: np.ndarray):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, indices: list[int]) -> torch.Tensor:
-        return torch.from_numpy(self.images[indices]).float().div_(127.5).sub_(1)
+def scaled(images: np.ndarray) -> torch.Tensor:
+    """uint8 0..255 mapped to float32 -1..1."""
+    return torch.from_numpy(images).float().div_(127.5).sub_(1)
 
 
 # ---- one host: the cache -----------------------------------------------------------------------------------------
@@ -317,27 +314,33 @@ def one_line(error: Exception) -> str:
 
 
 def torchvision_datasets():
-    """`torchvision.datasets`, also when torchvision was built for another torch than the one that is installed.
-
-    Beside a CPU-only torch the import can fail because its compiled operators do not load. Reading CIFAR-10 needs none
-    of them; torchvision only wants to see their names.
-    """
+    """`torchvision.datasets`; see ``name_operators``."""
     try:
+        name_operators()
         import torchvision.datasets
     except ImportError:
         raise SourceError("torchvision is not installed (pip install torchvision)") from None
+    return torchvision.datasets
+
+
+def name_operators() -> None:
+    """Lets torchvision be imported also when it was built for another torch than the one that is installed.
+
+    Beside a CPU-only torch the import can fail because its compiled operators do not load. Reading CIFAR-10 and the
+    networks need none of them; torchvision only wants to see their names.
+    """
+    try:
+        import torchvision  # noqa: F401
     except RuntimeError:
         for name in ("nms", "qnms"):
             OPERATOR_NAMES.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision.datasets
-    return torchvision.datasets
 
 
 OPERATOR_NAMES = torch.library.Library("torchvision", "FRAGMENT")  # the names last as long as this object
 
 
 if __name__ == "__main__":
-    hvd.init()
+    ranks.start()
     try:
         images, origin = load_images(*sys.argv[1:2])
     except KeyError:

@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import horovod.torch as hvd
 import numpy as np
+import ranks
 import torch
-from horovod.common.exceptions import HorovodInternalError
 from tqdm import tqdm
 
 
@@ -50,9 +49,9 @@ def number(text: str, allowed, what: str) -> float:
     return value
 
 
-def random_stream(seed: int, rank: int, purpose: int, device: str) -> torch.Generator:
-    """An own stream for every (seed, rank, purpose). The words are mixed: seed 0 of rank 1 is not seed 1 of rank 0."""
-    word = np.random.SeedSequence((seed, rank, purpose)).generate_state(1, np.uint64)[0]
+def random_stream(seed: int, rank: int, purpose: int, device: str, *more: int) -> torch.Generator:
+    """An own stream for every (seed, rank, purpose, ...). They are mixed: seed 0 of rank 1 is not seed 1 of rank 0."""
+    word = np.random.SeedSequence((seed, rank, purpose, *more)).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(word))
 
 
@@ -66,7 +65,7 @@ def replica_hash(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def check_replicas(tensors: list[torch.Tensor], iteration: int) -> None:
     """Raises TrainingError on all ranks, naming those whose tensors are not bit for bit those of rank 0."""
-    hashes = hvd.allgather(replica_hash(tensors), name="train.replicas")
+    hashes = ranks.gather(replica_hash(tensors), "train.replicas")
     different = [str(rank) for rank in range(len(hashes)) if not torch.equal(hashes[rank], hashes[0])]
     if different:
         raise TrainingError(
@@ -87,11 +86,14 @@ class Lines:
         sys.stderr.flush()
 
 
-def progress_bar(total: int) -> tqdm:
-    """Shown by rank 0 alone."""
+def progress_bar(total: int, done: int = 0) -> tqdm:
+    """Shown by rank 0 alone: in place on a terminal, which a single process may have; as lines under a launcher."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, initial=done, disable=ranks.rank() != 0, dynamic_ncols=True, ascii=True)
     return tqdm(
         total=total,
-        disable=hvd.rank() != 0,
+        initial=done,
+        disable=ranks.rank() != 0,
         mininterval=5,
         miniters=1,
         ascii=True,
@@ -102,8 +104,8 @@ def progress_bar(total: int) -> tqdm:
 
 def open_folder(folder: Path, config: dict) -> None:
     """Rank 0 creates the folder with config.json. Raises TrainingError on all ranks if that is not possible."""
-    problem = _create(folder, config) if hvd.rank() == 0 else None
-    if problem := hvd.broadcast_object(problem, 0, name="train.folder"):
+    problem = _create(folder, config) if ranks.rank() == 0 else None
+    if problem := ranks.from_first(problem, "train.folder"):
         raise TrainingError(problem)
 
 
@@ -125,21 +127,37 @@ def stop(signal_number, frame) -> None:
     raise KeyboardInterrupt
 
 
-def run(train: Callable[[], None], script: str, *expected: type[Exception]) -> int:
-    """Runs `train` between hvd.init() and the exit code that it returns; Ctrl-C is a clean end.
+class Stop:
+    """A signal to stop: it is kept, and all ranks end together at the next point where nothing is under way.
 
-    TrainingError, and what else is `expected`, ends all ranks with its one sentence.
+    Further signals are ignored: launchers send several. What they do not survive, the last checkpoint does.
     """
-    hvd.init()
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGINT, self._ask)
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, signal_number, frame) -> None:
+        self.asked = True
+
+
+def run(train: Callable[[], None], script: str, *expected: type[Exception]) -> int:
+    """Runs `train` between ranks.start() and the exit code that it returns; Ctrl-C is a clean end.
+
+    TrainingError, and what else is `expected`, ends all ranks with its one sentence. So does a rank that left.
+    """
+    ranks.start()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
         try:
             train()
-        except HorovodInternalError:
+        except ranks.RankLeft:
             # Another rank left. If Ctrl-C was the reason, this rank's own signal is on its way.
             time.sleep(2)
-            raise
+            print(f"{script}: another rank left the job; rank {ranks.rank()} ends.", file=sys.stderr, flush=True)
+            return 1
     except KeyboardInterrupt:
         return 0
     except (TrainingError, *expected) as error:

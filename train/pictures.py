@@ -6,6 +6,16 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+#: Of the parts of an iteration's time: greys for the computation, colours for the exchange.
+COLORS = {
+    "data": "#d9d9d9",
+    "forward": "#bdbdbd",
+    "backward": "#8c8c8c",
+    "encode": "#1b6ca8",
+    "wait": "#f2a541",
+    "decode": "#d1495b",
+    "update": "#4f4f4f",
+}
 
 def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
     """Writes float images (rows * columns, 3, height, width) in [-1, 1] as one PNG, row by row."""
@@ -34,6 +44,26 @@ def save_curves(folder: Path) -> None:
         axes.set_xlabel("iteration")
         axes.legend()
     figure.savefig(folder / "curves.png", dpi=120)
+    pyplot.close(figure)
+
+
+def save_time(folder: Path) -> None:
+    """Writes time.png from metrics.jsonl: milliseconds of an iteration, stacked by where they went."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = [name for name in rows[0] if name.startswith("ms_")]
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    columns = [[max(row[name], 0.0) for row in rows] for name in names]
+    labels = [name.removeprefix("ms_") for name in names]
+    axes.stackplot([row["iteration"] for row in rows], columns, labels=labels, colors=[COLORS[label] for label in labels])
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("ms of an iteration, rank 0")
+    axes.legend(loc="upper right", ncols=4)
+    figure.savefig(folder / "time.png", dpi=120)
     pyplot.close(figure)
 
 

@@ -1,21 +1,22 @@
-"""WGAN-GP on CIFAR-10 by distributed extra-gradient, with compressed gradient exchange. One readable script.
+"""WGAN-GP on CIFAR-10 by distributed extra-gradient, with compressed gradient exchange.
 
 On one machine, 3 processes, about 4 minutes on 2 cores:
     horovodrun -np 3 python train/wgan.py
-    horovodrun -np 3 python train/wgan.py --compression none         # or fp16, fixed8, fixed4, qgenx
+    horovodrun -np 3 python train/wgan.py --compression qgenx:bits=3      # or none, fp16, fixed8, fixed4, auto
+    horovodrun -np 3 python train/wgan.py --optimizer adam --critic-steps 5
+    horovodrun -np 3 python train/wgan.py --resume runs/...               # goes on, bit for bit
 The full experiment on three machines that can reach each other by ssh:
     horovodrun -np 3 -H node1:1,node2:1,node3:1 python train/wgan.py --preset paper --device cuda
 
-One iteration moves both players at once, x = (generator, critic), each with its own learning rate:
+One iteration of extra-gradient moves both players at once, x = (generator, critic), each with its own learning rate:
     x_{t+1/2} = x_t - step(mean over ranks of Q(g_k(x_t)))             exchange 1, opt.extrapolation()
     x_{t+1}   = x_t - step(mean over ranks of Q(g_k(x_{t+1/2})))       exchange 2, opt.step()
 where g_k is the gradient of (generator_loss, critic_loss) on rank k's own images and noise, new in each half-step.
 
-A run's folder holds config.json, metrics.jsonl (one object per logged iteration), samples_*.png, curves.png,
-weights.pt and summary.json. Ctrl-C ends all ranks, keeps what there is, and counts as a clean end (exit code 0).
+record.py lists what a run's folder holds; score.py, sample.py and compare.py read it. Ctrl-C and SIGTERM write a
+checkpoint, also between two half-steps, and count as a clean end (exit code 0).
 """
 
-import argparse
 import copy
 import json
 import math
@@ -23,172 +24,288 @@ import os
 import platform
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
-import horovod
-import horovod.torch as hvd
+import checkpoint
 import numpy as np
+import ranks
 import torch
-from data import CHOICES, SourceError, load_images, minibatches
-from job import (
-    TrainingError,
-    check_replicas,
-    fraction,
-    open_folder,
-    positive,
-    progress_bar,
-    random_stream,
-    run,
-    whole,
-)
+from clock import Clock, Trace
+from data import SourceError, announce, load_images, minibatches
+from evaluation import Evaluation
+from job import Stop, TrainingError, check_replicas, random_stream, run
+from methods import BETA2, COUNTED, Move, make_method
 from models import Critic, Generator, count_parameters, critic_loss, generator_loss
-from pictures import save_curves, save_grid
-from torch import nn
+from pictures import save_curves, save_grid, save_time
+from record import METRICS, Record, check_wandb, claim
+from settings import CHANGEABLE, compression, parse_flags
 
 import hvd_qgenx
 
-PRESETS = {
-    # Small enough for a laptop: colours and rough shapes instead of noise.
-    "quick": {
-        "iterations": 500,
-        "minutes": 3.5,
-        "width": 12,
-        "latent": 64,
-        "batch": 24,
-        "lr_generator": 3e-4,
-        "lr_critic": 2e-3,
-        "average": 0.8,
-        "log_every": 5,
-        "sample_every": 50,
-    },
-    # The settings of the Q-GenX experiment: with three ranks, 341 images on each.
-    "paper": {
-        "iterations": 500_000,
-        "minutes": None,
-        "width": 128,
-        "latent": 128,
-        "batch": 1024,
-        "lr_generator": 5e-5,
-        "lr_critic": 5e-4,
-        "average": 0.9999,
-        "log_every": 100,
-        "sample_every": 5000,
-    },
-}
-COMPRESSIONS = {
-    "none": lambda seed: hvd_qgenx.Compression.none,
-    "fp16": lambda seed: hvd_qgenx.Compression.fp16,
-    "fixed8": lambda seed: fixed_width(8, seed),
-    "fixed4": lambda seed: fixed_width(4, seed),
-    "qgenx": lambda seed: hvd_qgenx.Compression.qgenx(bits=4, seed=seed),  # adaptive levels, Huffman code
-}
-BETAS = (0.5, 0.9)
 SAMPLES = 64
 
 
-def fixed_width(bits: int, seed: int):
-    """Uniform levels, `bits` bits for every coordinate."""
-    return hvd_qgenx.Compression.qgenx(bits=bits, levels="uniform", coder="fixed", norm="linf", seed=seed)
+class Training:
+    """All that a run holds, between a checkpoint and the next: ``moves`` says how far it is."""
+
+    def __init__(self, flags: Namespace, images: np.ndarray):
+        torch.manual_seed(flags.seed)  # for the weights alone; whatever other ranks draw, rank 0's are broadcast
+        networks = {"generator": Generator(flags.width, flags.latent), "critic": Critic(flags.width)}
+        self.flags, self.images = flags, images
+        self.game = hvd_qgenx.Game(networks).to(flags.device)
+        self.generator, self.critic = self.game.values()
+        self.average = copy.deepcopy(self.generator).requires_grad_(False)
+        self.method = make_method(flags, self.game)
+        self.moves = 0
+        self.earlier = dict.fromkeys(COUNTED, 0.0)
+        self.losses = torch.zeros(2)
+        self.clock = Clock(self.method.seconds, flags.profile and flags.device == "cuda")
+
+    def begin(self, content: dict | None) -> None:
+        """From rank 0's fresh weights, or from a checkpoint."""
+        if content is None:
+            ranks.share_start(self.game, list(self.method.optimizers))
+            self.average.load_state_dict(self.generator.state_dict())
+        else:
+            self._restore(content)
+        size = self.flags.batch // ranks.size()
+        self.batches = minibatches(self.images, size, self.flags.seed, ranks.rank(), ranks.size(), self.moves)
+
+    def _restore(self, content: dict) -> None:
+        self.game.load_state_dict(content["game"])
+        self.average.load_state_dict(content["average"])
+        self.method.load_state_dict(content["method"])
+        self.moves, self.earlier, self.losses = content["moves"], content["counted"], content["losses"]
+
+    def content(self, seconds: float) -> dict:
+        """What a checkpoint holds; equal on all ranks but for the time and the counters."""
+        return {
+            "game": self.game.state_dict(),
+            "average": self.average.state_dict(),
+            "method": self.method.state_dict(),
+            "counted": self.counted(),
+            "losses": self.losses,
+            "seconds": seconds,
+            "world_size": ranks.size(),
+        }
+
+    @property
+    def iteration(self) -> int:
+        """How many are complete."""
+        return self.moves // len(self.method.moves)
+
+    def counted(self) -> dict[str, float]:
+        """What the run has sent so far, in this process and before."""
+        return {name: self.earlier[name] + value for name, value in self.method.counted().items()}
+
+    def finite(self) -> bool:
+        return all(bool(p.isfinite().all()) for p in self.game.parameters())
+
+    def iterate(self, stop: Stop) -> bool:
+        """Makes the moves that are left of an iteration; False if all ranks stop before one of them."""
+        count = len(self.method.moves)
+        for move in self.method.moves[self.moves % count :]:
+            question = ranks.ask(stop.asked, "train.stop")
+            move.prepare()
+            self.losses = self.gradients(move)
+            if ranks.answer(question):
+                self.method.zero_grad()  # this gradient will be taken again
+                return False
+            with self.clock("update"):
+                move.act()
+            self.moves += 1
+        self._follow()
+        return True
+
+    def gradients(self, move: Move) -> torch.Tensor:
+        """Puts this rank's gradients of the players that move, on a new minibatch and new noise, into p.grad."""
+        device, flags = self.flags.device, self.flags
+        with self.clock("data"):
+            real = next(self.batches).to(device)
+            # A stream for every move: a run that goes on needs no memory of those before.
+            stream = random_stream(flags.seed, ranks.rank(), 3, device, self.moves)
+            noise = torch.randn(len(real), flags.latent, generator=stream, device=device)
+            mixing = torch.rand(len(real), 1, 1, 1, generator=stream, device=device)
+        with self.clock("forward"), torch.autocast(device, torch.bfloat16, enabled=flags.autocast):
+            losses = self._losses(move, real, noise, mixing)
+        with self.clock("backward"):
+            self.method.zero_grad()
+            if len(move.players) == 2:
+                self.game.backward(**losses)  # to each player the gradient of its own loss
+            else:
+                (player,) = move.players
+                torch.autograd.backward(losses[player], inputs=list(self.game[player].parameters()))
+        known = dict(zip(("generator", "critic"), self.losses, strict=True))
+        return torch.stack([{**known, **losses}[player].detach().float() for player in known]).cpu()
+
+    def _losses(self, move: Move, real, noise, mixing) -> dict[str, torch.Tensor]:
+        with torch.set_grad_enabled("generator" in move.players):
+            fake = self.generator(noise)
+        losses = {}
+        if "generator" in move.players:
+            losses["generator"] = generator_loss(self.critic, fake)
+        if "critic" in move.players:
+            losses["critic"] = critic_loss(self.critic, real, fake, mixing, self.flags.penalty)
+        return losses
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """The moving average takes in x_t; it starts quickly, or the first weights would stay in it for long."""
+        decay = min(self.flags.average, (1 + self.iteration) / (10 + self.iteration))
+        for mean, parameter in zip(self.average.parameters(), self.generator.parameters(), strict=True):
+            mean.lerp_(parameter, 1 - decay)
 
 
-# ---- flags -------------------------------------------------------------------------------------------------------
+class Session:
+    """A training between its start, or resumption, and its end: when to log, save, draw and score."""
 
+    def __init__(self, training: Training, record: Record, stop: Stop):
+        self.training, self.record, self.stop, self.flags = training, record, stop, training.flags
+        self.logged, self.saved = training.iteration, training.moves
+        self.evaluation: Evaluation | None = None
+        noise = random_stream(self.flags.seed, 0, 1, self.flags.device)
+        self.shown = torch.randn(SAMPLES, self.flags.latent, generator=noise, device=self.flags.device)
+        self.trace = Trace(record.folder / "trace.json", self.flags.trace if record.active else 0, self.flags.device)
 
-def parse_flags() -> argparse.Namespace:
-    """A preset's values are the defaults of the other flags."""
-    parser = argparse.ArgumentParser(
-        usage="wgan.py [--flag value ...]; --help lists the flags",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, default="quick", help="defaults of the flags below it (quick)")
-    add("--iterations", type=whole(1), help="extra-gradient iterations, of two exchanges each")
-    add("--minutes", type=positive, help="training ends at the first logged iteration after so long (paper: never)")
-    add("--width", type=whole(1), help="channels of both networks")
-    add("--batch", type=whole(1), help="images per half-step of all ranks together")
-    add("--lr-generator", type=positive, help="learning rate of the generator")
-    add("--lr-critic", type=positive, help="learning rate of the critic")
-    add("--average", type=fraction, help="decay of the generator's moving average, which draws the samples")
-    add("--log-every", type=whole(1), metavar="N", help="iterations between two lines of metrics.jsonl")
-    add("--sample-every", type=whole(1), metavar="N", help="iterations between two samples_*.png")
-    add("--compression", choices=COMPRESSIONS, default="qgenx", help="what travels between the ranks (qgenx)")
-    add("--data", choices=CHOICES, default="auto", help="source of the images (auto: the first that can be had)")
-    add("--latent", type=whole(1), help="size of the generator's noise vector")
-    add("--penalty", type=positive, default=10.0, help="weight of the gradient penalty (10)")
-    add("--seed", type=whole(0), default=0, help="of weights, shards, noise and rounding (0)")
-    add(
-        "--check-replicas",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="compare a hash of all parameters of all ranks every N iterations and at the end (0: never)",
-    )
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--out", type=Path, help="folder of the run (runs/<time>-<compression>)")
-    parser.set_defaults(**PRESETS[parser.parse_args().preset])
-    flags = parser.parse_args()
-    if flags.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here")
-    return flags
+    def run(self) -> str:
+        """Trains; says how it ended."""
+        if self.flags.score_every:
+            self.evaluation = self._evaluation()
+        if self.training.iteration == 0:
+            self._sample()
+        elif not self._score_if_due(self.training.iteration):
+            return "Stopped"  # while a score was made good that the run had not come to
+        last = self._is_over(None)
+        while not last:
+            self.trace.before_iteration()
+            if not self.training.iterate(self.stop):
+                self._save()
+                return "Stopped"
+            self.trace.after_iteration()
+            self.record.bar.update()
+            last = self._after_iteration()
+            if last is None:
+                return "Stopped"
+        return "Finished"
 
+    def _after_iteration(self) -> bool | None:
+        """Whether this was the last; None if the run was stopped while it was scored."""
+        iteration, flags = self.training.iteration, self.flags
+        seconds = None
+        if iteration % flags.log_every == 0 or iteration == flags.iterations:
+            seconds = self._log()
+        last = self._is_over(seconds)
+        scores_now = self.evaluation is not None and (last or iteration % flags.score_every == 0)
+        if last or scores_now or iteration % flags.checkpoint_every == 0:
+            self._save()
+        if last or iteration % flags.sample_every == 0:
+            self._sample()
+        if flags.check_replicas and (last or iteration % flags.check_replicas == 0):
+            check_replicas(list(self.training.game.parameters()), iteration)
+        if scores_now and not self._score(iteration):
+            return None
+        return last
 
-# ---- what rank 0 writes ------------------------------------------------------------------------------------------
+    def _is_over(self, seconds: float | None) -> bool:
+        """The same on all ranks: they were told the same seconds."""
+        late = self.flags.minutes is not None and seconds is not None and seconds > 60 * self.flags.minutes
+        return late or self.training.iteration >= self.flags.iterations
 
-
-class Log:
-    """The run's folder and the progress bar. On other ranks than 0 it does nothing."""
-
-    def __init__(self, flags: argparse.Namespace, config: dict):
-        self.folder = flags.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{flags.compression}"
-        self.active = hvd.rank() == 0
-        self.last = {"iteration": 0, "seconds": 0.0}
-        self.start = time.monotonic()
-        open_folder(self.folder, config)
-        self.metrics = self.folder / "metrics.jsonl"
-        self.bar = progress_bar(flags.iterations)
-
-    def row(self, row: dict) -> None:
-        if not self.active:
-            return
-        self.last = row
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        self.bar.set_postfix_str(
-            f"generator {row['loss_generator']:.2f} critic {row['loss_critic']:.2f} "
-            f"{row['bits_per_coordinate']:.2f} bits/coordinate "
-            f"{row['bytes_sent'] / 1e6:.1f} MB of {row['bytes_float32'] / 1e6:.1f} MB float32",
-            refresh=False,
+    def _log(self) -> float:
+        """Logs the losses at the last move and what has been sent. Losses and seconds are averages over the ranks."""
+        training, iteration = self.training, self.training.iteration
+        problem = float(self.record.problem is not None)
+        own = [*training.losses.tolist(), self.record.seconds(), problem]
+        generator, critic, seconds, problems = ranks.mean(torch.tensor(own, dtype=torch.float64), "train.log").tolist()
+        if problems:
+            raise TrainingError(ranks.from_first(self.record.problem, "train.problem"))
+        if not (math.isfinite(generator) and math.isfinite(critic)):
+            raise TrainingError(f"The losses are not finite at iteration {iteration}; lower the learning rates.")
+        counted, players = training.counted(), {name: count_parameters(each) for name, each in training.game.items()}
+        dense = sum(players[player] for move in training.method.moves for player in move.players)
+        self.record.row(
+            {
+                "iteration": iteration,
+                "seconds": round(seconds, 3),
+                "loss_generator": generator,
+                "loss_critic": critic,
+                "bytes_sent": int(counted["bytes_sent"]),
+                "bytes_float32": 4 * iteration * dense,
+                "bits_per_coordinate": 8 * counted["bytes_sent"] / max(counted["coordinates"], 1),
+                "variance": counted["squared_error"] / counted["squared_norm"] if counted["squared_norm"] else None,
+                **training.clock.take(iteration - self.logged),
+            }
         )
+        self.logged = iteration
+        return seconds
 
-    def seconds(self) -> float:
-        return round(time.monotonic() - self.start, 3)
-
-    def finish(self, outcome: str, communication) -> None:
-        """Writes summary.json and prints the summary as the last line.
-
-        The file comes first: on Ctrl-C, Open MPI's mpirun no longer shows what the ranks print.
-        """
-        if not self.active:
+    def _save(self) -> None:
+        """Rank 0 writes a checkpoint; what goes wrong ends all ranks, and the older checkpoints stay."""
+        if self.saved == self.training.moves:
             return
-        self.bar.close()
-        done, seconds = self.bar.n, self.seconds()
-        summary = {**self.last, "outcome": outcome, "iteration": done, "seconds": seconds}
-        (self.folder / "summary.json").write_text(json.dumps(summary) + "\n")
-        print(
-            f"{outcome}: {done} iterations in {seconds:.1f} s ({done / max(seconds, 1e-9):.2f} per second); "
-            f"{communication}; {self.folder}",
-            flush=True,
-        )
+        problem = None
+        if self.record.active:
+            problem = self._written()
+        if problem := ranks.from_first(problem or self.record.problem, "train.save"):
+            raise TrainingError(problem)
+        self.saved = self.training.moves
+
+    def _written(self) -> str | None:
+        if not self.training.finite():
+            return f"The weights are not finite at iteration {self.training.iteration}; lower the learning rates."
+        try:
+            content = self.training.content(self.record.seconds())
+            checkpoint.save(self.record.folder, self.training.moves, content)
+        except checkpoint.CheckpointError as error:
+            return str(error)
+        return None
+
+    def _sample(self) -> None:
+        if self.record.active:
+            with torch.no_grad(), self.record.writing():
+                path = self.record.folder / f"samples_{self.training.iteration:06d}.png"
+                save_grid(self.training.average(self.shown), path)
+
+    def _evaluation(self) -> Evaluation | None:
+        with self.record.pause():
+            flags = self.flags
+            return Evaluation(
+                self.training.images, flags.score_samples, flags.reference, flags.device, self._stops_everywhere
+            )
+
+    def _stops_everywhere(self) -> bool:
+        return ranks.answer(ranks.ask(self.stop.asked, "train.stop"))
+
+    def _score_if_due(self, iteration: int) -> bool:
+        """What an earlier job of this run did not come to; False if the run was stopped meanwhile."""
+        due = self.evaluation is not None and iteration % self.flags.score_every == 0
+        made = self.record.scored(iteration) if self.record.active else None
+        return not due or ranks.from_first(made, "train.scored") or self._score(iteration)
+
+    def _score(self, iteration: int) -> bool:
+        assert self.evaluation is not None
+        with self.record.pause():
+            scores = self.evaluation.score(self.training.average, self.flags.latent, self.flags.seed)
+        if ranks.from_first(scores is None, "train.score"):
+            return False
+        if scores is not None:
+            self.record.score(iteration, scores)
+        return True
 
 
-def describe(flags: argparse.Namespace, origin: str, game: hvd_qgenx.Game) -> dict:
+# ---- a new run, or one that goes on --------------------------------------------------------------------------------
+
+
+def describe(flags: Namespace, origin: str, game: hvd_qgenx.Game) -> dict:
     """What config.json says: every flag, and all else that is needed to repeat the run."""
+    plain = {name: value for name, value in vars(flags).items() if name != "given"}
     return {
-        **{name: str(value) if isinstance(value, Path) else value for name, value in vars(flags).items()},
-        "world_size": hvd.size(),
-        "batch_per_rank": flags.batch // hvd.size(),
-        "betas": BETAS,
+        **{name: str(value) if isinstance(value, Path) else value for name, value in plain.items()},
+        "compression": flags.compression.text,
+        "world_size": ranks.size(),
+        "batch_per_rank": flags.batch // ranks.size(),
+        "betas": (flags.beta1, BETA2),
         "images": origin,
         "parameters": {name: count_parameters(network) for name, network in game.items()},
         "threads_per_rank": torch.get_num_threads(),
@@ -196,128 +313,112 @@ def describe(flags: argparse.Namespace, origin: str, game: hvd_qgenx.Game) -> di
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
-            "horovod": horovod.__version__,
+            "horovod": ranks.VERSION,
             "hvd_qgenx": hvd_qgenx.__version__,
         },
     }
 
 
-# ---- training ----------------------------------------------------------------------------------------------------
+def take_up(flags: Namespace) -> tuple[Namespace, dict]:
+    """The settings of the run in --resume, with those that may change taken from the flags; and its checkpoint.
+
+    Raises:
+        TrainingError: on all ranks, if there is nothing to go on from, or if a flag asks for another run.
+    """
+    saved, content, problem = None, None, None
+    if ranks.rank() == 0:
+        try:
+            saved = json.loads((flags.resume / "config.json").read_text())
+            content, warnings = checkpoint.load_last(flags.resume)
+            for warning in warnings:
+                print(f"Warning: {warning} The one before it is used.", flush=True)
+        except (OSError, json.JSONDecodeError) as error:
+            problem = f"{flags.resume} holds no run to go on with ({error})."
+        except checkpoint.CheckpointError as error:
+            problem = str(error)
+    saved, content, problem = ranks.from_first((saved, content, problem), "train.resume")
+    if problem:
+        raise TrainingError(problem)
+    return merged(flags, saved), content
 
 
-def train(flags: argparse.Namespace) -> None:
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // hvd.local_size()))
-    if flags.device == "cuda":
-        torch.cuda.set_device(hvd.local_rank())
-    if flags.batch < hvd.size():
-        raise TrainingError(f"--batch {flags.batch} is too small: each of the {hvd.size()} ranks needs an image.")
-    images, origin = load_images(flags.data)
-    batches = minibatches(images, flags.batch // hvd.size(), flags.seed, hvd.rank(), hvd.size())
+def merged(flags: Namespace, saved: dict) -> Namespace:
+    """Raises TrainingError, naming the first flag that is given and is not what the run began with."""
+    result = vars(flags).copy()
+    for name in set(result) & set(saved) - {"given", "config", "resume", "out"}:
+        before = compression(saved[name]) if name == "compression" else saved[name]
+        if name in flags.given and name not in CHANGEABLE and result[name] != before:
+            shown = getattr(result[name], "text", result[name])
+            raise TrainingError(f"The run in {flags.resume} has --{name.replace('_', '-')} {saved[name]}, not {shown}.")
+        if name not in flags.given:
+            result[name] = before
+    return Namespace(**{**result, "out": flags.resume})
 
-    torch.manual_seed(flags.seed)  # for the weights alone; whatever other ranks draw, rank 0's are broadcast
-    game = hvd_qgenx.Game({"generator": Generator(flags.width, flags.latent), "critic": Critic(flags.width)})
-    generator, critic = game.to(flags.device).values()
-    average = copy.deepcopy(generator).requires_grad_(False)
 
-    opt = hvd_qgenx.DistributedOptimizer(
-        hvd_qgenx.ExtraAdam(
-            [
-                {"params": generator.parameters(), "lr": flags.lr_generator},
-                {"params": critic.parameters(), "lr": flags.lr_critic},
-            ],
-            betas=BETAS,
-        ),
-        named_parameters=game.named_parameters(),
-        compression=COMPRESSIONS[flags.compression](flags.seed),
-    )
-    hvd.broadcast_parameters(game.state_dict(), root_rank=0)
-    hvd.broadcast_optimizer_state(opt, root_rank=0)
-    average.load_state_dict(generator.state_dict())
-
-    stream = random_stream(flags.seed, hvd.rank(), 0, flags.device)
-    shown = torch.randn(
-        SAMPLES, flags.latent, generator=random_stream(flags.seed, 0, 1, flags.device), device=flags.device
-    )
-
-    def gradients() -> tuple[torch.Tensor, torch.Tensor]:
-        """Puts this rank's gradient of both losses, on a new minibatch and new noise, into p.grad."""
-        real = next(batches).to(flags.device)
-        noise = torch.randn(len(real), flags.latent, generator=stream, device=flags.device)
-        mixing = torch.rand(len(real), 1, 1, 1, generator=stream, device=flags.device)
-        fake = generator(noise)
-        opt.zero_grad()
-        loss_critic = critic_loss(critic, real, fake, mixing, flags.penalty)
-        loss_generator = generator_loss(critic, fake)
-        game.backward(generator=loss_generator, critic=loss_critic)  # to each player the gradient of its own loss
-        return loss_generator.detach(), loss_critic.detach()
-
-    def sample(iteration: int) -> None:
-        if log.active:
-            with torch.no_grad():
-                save_grid(average(shown), log.folder / f"samples_{iteration:06d}.png")
-
-    def log_row(iteration: int, losses: tuple[torch.Tensor, torch.Tensor]) -> float:
-        """Logs the losses at x_{t+1/2} and what has been sent. Losses and seconds are averages over the ranks."""
-        values = torch.stack([*losses, torch.tensor(log.seconds(), device=flags.device)])
-        *mean, seconds = hvd.allreduce(values.cpu(), name="train.log").tolist()
-        if not all(map(math.isfinite, mean)):
-            raise TrainingError(f"The losses are not finite at iteration {iteration}; lower the learning rates.")
-        exchanged = 2 * iteration * count_parameters(game)
-        log.row(
-            {
-                "iteration": iteration,
-                "seconds": round(seconds, 3),
-                "loss_generator": mean[0],
-                "loss_critic": mean[1],
-                "bytes_sent": opt.communication.bytes_sent,
-                "bytes_float32": 4 * exchanged,
-                "bits_per_coordinate": opt.communication.bits_per_coordinate,
-                "variance": opt.communication.variance,
-            }
+def tell_of_ranks(content: dict) -> None:
+    if content["world_size"] != ranks.size():
+        announce(
+            f"Notice: {ranks.size()} ranks go on where {content['world_size']} were. Weights, moving average, optimizer, "
+            "levels and counters continue; each rank's images, noise and rounding are new, so this is another run "
+            "from here on."
         )
-        return seconds
 
-    log = Log(flags, describe(flags, origin, game))
-    sample(0)
+
+def check_size(flags: Namespace) -> None:
+    if flags.batch < ranks.size():
+        raise TrainingError(f"--batch {flags.batch} is too small: each of the {ranks.size()} ranks needs an image.")
+    if flags.device == "cuda":
+        if ranks.local_rank() == 0 and ranks.local_size() > torch.cuda.device_count():
+            print(
+                f"Notice: {ranks.local_size()} ranks share {torch.cuda.device_count()} GPU of this host.", flush=True
+            )
+        torch.cuda.set_device(ranks.local_rank() % torch.cuda.device_count())
+
+
+def train(flags: Namespace) -> None:
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size()))
+    content = None
+    if flags.resume:
+        flags, content = take_up(flags)
+        tell_of_ranks(content)
+    check_size(flags)
+    check_wandb(flags.wandb)
+    images, origin = load_images(flags.data)
+    folder = flags.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{flags.compression.name}"
+    training = Training(flags, images)
+    config = describe(flags, origin, training.game)
+    lock = claim(folder, None if content else config)
+    training.begin(content)
+    record = Record(folder, config, training.iteration, content["seconds"] if content else 0.0)
+    session = Session(training, record, Stop())
+    outcome = session.run()
+    session.trace.end()
+    finish(session, outcome)
+    del lock
+
+
+def finish(session: Session, outcome: str) -> None:
+    record, iteration = session.record, session.training.iteration
+    hint = f". Go on: --resume {record.folder}" if outcome == "Stopped" else ""
+    if outcome == "Finished":
+        outcome += ", all replicas bit-identical" if session.flags.check_replicas else ""
+        if record.active:
+            draw(record)
+    record.finish(outcome, iteration, hint)
+    if problem := ranks.from_first(record.problem, "train.problem"):
+        raise TrainingError(problem)
+
+
+def draw(record: Record) -> None:
     try:
-        for iteration in range(1, flags.iterations + 1):
-            gradients()
-            opt.extrapolation()
-            losses = gradients()
-            opt.step()
-
-            with torch.no_grad():
-                for mean, parameter in zip(average.parameters(), generator.parameters(), strict=True):
-                    mean.lerp_(parameter, 1 - flags.average)
-            log.bar.update()
-            last = iteration == flags.iterations
-            if iteration % flags.log_every == 0 or last:
-                # The seconds are the same number on all ranks, so all ranks stop after the same iteration.
-                seconds = log_row(iteration, losses)
-                last = last or (flags.minutes is not None and seconds > 60 * flags.minutes)
-            if iteration % flags.sample_every == 0 or last:
-                sample(iteration)
-            if flags.check_replicas and (iteration % flags.check_replicas == 0 or last):
-                check_replicas(list(game.parameters()), iteration)
-            if last:
-                break
-        if log.active:
-            keep(log.folder, {**game, "average": average})
-    except KeyboardInterrupt:
-        log.finish("Stopped", opt.communication)
-        raise
-    checked = ", all replicas bit-identical" if flags.check_replicas else ""
-    log.finish(f"Finished{checked}", opt.communication)
-
-
-def keep(folder: Path, networks: dict[str, nn.Module]) -> None:
-    torch.save({name: network.state_dict() for name, network in networks.items()}, folder / "weights.pt")
-    try:
-        save_curves(folder)
+        if (record.folder / METRICS).exists():
+            with record.writing():
+                save_curves(record.folder)
+                save_time(record.folder)
     except ImportError:
         print("No curves.png: matplotlib is not installed (pip install matplotlib).", flush=True)
 
 
 if __name__ == "__main__":
-    flags = parse_flags()
+    flags = parse_flags(__doc__)
     sys.exit(run(lambda: train(flags), "wgan.py", SourceError))
