@@ -1,6 +1,7 @@
 """train/data.py: shards, the cache, and sources that are silent, wrong or missing. No network is needed."""
 
 import fcntl
+import importlib
 import socket
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import pytest
 import torch
 
 pytest.importorskip("horovod.torch", reason="the trainer's data module runs on Horovod")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train import data
+TRAIN = Path(__file__).resolve().parents[1] / "train"
+sys.path.insert(0, str(TRAIN))
+data = importlib.import_module("data")
+sys.path.remove(str(TRAIN))
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +29,8 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def one_rank():
-    data.hvd.init()
-    if data.hvd.size() != 1:
+    data.world.start()
+    if data.world.size() != 1:
         pytest.skip("a test of one process")
 
 
@@ -249,10 +252,10 @@ def test_a_failure_on_one_host_moves_all_ranks_to_the_next_source(one_rank, monk
     counted(monkeypatch, "cifar10", numbered_images(5), "cifar10-torchvision")
     other = {"train.data.cifar10": "no route", "train.data.npm": "no npm", "train.data.digits": None}
 
-    def allgather_object(mine, name):
+    def gather_objects(mine, name):
         return [mine, ("other-host", None if other[name] else "path", other[name])]
 
-    monkeypatch.setattr(data.hvd, "allgather_object", allgather_object)
+    monkeypatch.setattr(data.world, "gather_objects", gather_objects)
     counted(monkeypatch, "npm", numbered_images(5), "cifar10-npm")
     assert data.load_images("auto")[1] == "digits"
 

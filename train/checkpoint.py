@@ -69,7 +69,7 @@ def load(path: Path) -> dict:
     except Exception:  # whatever torch says of a file that it did not write
         raise CheckpointError(f"{path} is not a checkpoint that torch can read safely.") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a {FORMAT}.")
+        raise CheckpointError(f"{path} is not a checkpoint of train/wgan.py.")
     return content
 
 

@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import ranks
 import torch
+import world
 from torch.utils.data import BatchSampler, DistributedSampler
 
 PATIENCE = 10.0  # seconds without a byte after which a source is given up
@@ -58,9 +58,9 @@ def load_images(choice: str = "auto", patience: float = PATIENCE) -> tuple[np.nd
     """
     reasons = []
     for source in CHOICES[choice]:
-        answer = attempt(source, patience) if ranks.local_rank() == 0 else (None, None)
+        answer = attempt(source, patience) if world.local_rank() == 0 else (None, None)
         # One rank's failure must be everybody's: a rank that left alone would leave the others waiting for it.
-        answers = ranks.gather_objects((socket.gethostname(), *answer), name=f"train.data.{source}")
+        answers = world.gather_objects((socket.gethostname(), *answer), name=f"train.data.{source}")
         failures = [reason for _, _, reason in answers if reason]
         if not failures:
             images, origin = open_array(answer[0] or path_on_this_host(answers))
@@ -82,7 +82,7 @@ def open_array(path: str) -> tuple[np.ndarray, str]:
 
 
 def announce(text: str) -> None:
-    if ranks.rank() == 0:
+    if world.rank() == 0:
         print(text, flush=True)
 
 
@@ -340,7 +340,7 @@ OPERATOR_NAMES = torch.library.Library("torchvision", "FRAGMENT")  # the names l
 
 
 if __name__ == "__main__":
-    ranks.start()
+    world.start()
     try:
         images, origin = load_images(*sys.argv[1:2])
     except KeyError:

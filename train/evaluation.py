@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import ranks
 import torch
+import world
 from data import SourceError, announce, cache_folder
 from fid import Moments, frechet_distance, kernel_distance
 from inception import AT_ONCE, FEATURES, Inception
@@ -48,7 +48,7 @@ class Features(NamedTuple):
 
 def share(count: int) -> range:
     """This rank's part of `count` things."""
-    rank, size = ranks.rank(), ranks.size()
+    rank, size = world.rank(), world.size()
     return range(count * rank // size, count * (rank + 1) // size)
 
 
@@ -76,7 +76,7 @@ class Evaluation:
     def score(self, generator: torch.nn.Module, latent: int, seed: int) -> Scores | None:
         """The scores on rank 0, None on other ranks; None everywhere if the run was stopped meanwhile."""
         found = self._features(lambda part: generate(generator, latent, seed, part, self.device), self.samples)
-        if found is None or self.reference is None or ranks.rank() != 0:
+        if found is None or self.reference is None or world.rank() != 0:
             return None
         kid = kernel_distance(found.rows, self.reference.rows)
         distance = frechet_distance(found.moments, self.reference.moments)
@@ -84,12 +84,12 @@ class Evaluation:
 
     def _reference(self, images: np.ndarray, chosen: np.ndarray) -> Features | None:
         path = cache_folder() / f"inception-{_hash(images, chosen)}.pt"
-        if all(ranks.gather_objects(path.exists(), "train.reference")):
+        if all(world.gather_objects(path.exists(), "train.reference")):
             saved = torch.load(path, weights_only=True)
             return Features(Moments(saved["count"], saved["first"], saved["second"]), saved["rows"])
         announce(f"Notice: computing features of {len(chosen)} training images, once; they are kept in {path.parent}.")
         found = self._features(lambda part: images[chosen[part.start : part.stop]], len(chosen))
-        if found is not None and ranks.local_rank() == 0:
+        if found is not None and world.local_rank() == 0:
             moments = found.moments
             _keep(path, {"count": moments.count, "first": moments.first, "second": moments.second, "rows": found.rows})
         return found
@@ -99,7 +99,7 @@ class Evaluation:
         mine, at_once = share(count), AT_ONCE if self.device == "cuda" else AT_ONCE_ON_CPU
         found = [torch.zeros(0, FEATURES)]
         # All ranks ask equally often, whatever their shares are.
-        for start in range(0, -(-count // ranks.size()), at_once):
+        for start in range(0, -(-count // world.size()), at_once):
             if self.stopped():
                 return None
             if part := mine[start : start + at_once]:
@@ -109,9 +109,9 @@ class Evaluation:
 
 def _together(features: Tensor) -> Features:
     own = Moments.of(features)
-    first, second = ranks.total(own.first, "train.first"), ranks.total(own.second, "train.second")
-    count = int(ranks.total(torch.tensor([own.count]), "train.count"))
-    rows = ranks.gather(features[: -(-MOST_FOR_KID // ranks.size())], "train.rows")
+    first, second = world.total(own.first, "train.first"), world.total(own.second, "train.second")
+    count = int(world.total(torch.tensor([own.count]), "train.count"))
+    rows = world.gather(features[: -(-MOST_FOR_KID // world.size())], "train.rows")
     return Features(Moments(count, first, second), rows[:MOST_FOR_KID])
 
 
@@ -121,7 +121,7 @@ def _inception(device: str) -> Inception:
         network = Inception(device)
     except SourceError as error:
         problem = str(error)
-    ranks.agree(problem, "train.inception", SourceError)
+    world.agree(problem, "train.inception", SourceError)
     assert network is not None
     return network
 

@@ -6,7 +6,6 @@ PyPI that holds the same numbers. Source: Seitzer, pytorch-fid (2020); Heusel et
 """
 
 import os
-import subprocess
 import sys
 import tempfile
 import urllib.request

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import ranks
 import torch
+import world
 from tqdm import tqdm
 
 
@@ -37,6 +37,10 @@ def positive(text: str) -> float:
 
 def fraction(text: str) -> float:
     return number(text, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
+
+
+def weight(text: str) -> float:
+    return number(text, lambda value: 0 <= value < math.inf, "a number of at least 0")
 
 
 def number(text: str, allowed, what: str) -> float:
@@ -65,7 +69,7 @@ def replica_hash(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def check_replicas(tensors: list[torch.Tensor], iteration: int) -> None:
     """Raises TrainingError on all ranks, naming those whose tensors are not bit for bit those of rank 0."""
-    hashes = ranks.gather(replica_hash(tensors), "train.replicas")
+    hashes = world.gather(replica_hash(tensors), "train.replicas")
     different = [str(rank) for rank in range(len(hashes)) if not torch.equal(hashes[rank], hashes[0])]
     if different:
         raise TrainingError(
@@ -89,11 +93,11 @@ class Lines:
 def progress_bar(total: int, done: int = 0) -> tqdm:
     """Shown by rank 0 alone: in place on a terminal, which a single process may have; as lines under a launcher."""
     if sys.stderr.isatty():
-        return tqdm(total=total, initial=done, disable=ranks.rank() != 0, dynamic_ncols=True, ascii=True)
+        return tqdm(total=total, initial=done, disable=world.rank() != 0, dynamic_ncols=True, ascii=True)
     return tqdm(
         total=total,
         initial=done,
-        disable=ranks.rank() != 0,
+        disable=world.rank() != 0,
         mininterval=5,
         miniters=1,
         ascii=True,
@@ -104,8 +108,8 @@ def progress_bar(total: int, done: int = 0) -> tqdm:
 
 def open_folder(folder: Path, config: dict) -> None:
     """Rank 0 creates the folder with config.json. Raises TrainingError on all ranks if that is not possible."""
-    problem = _create(folder, config) if ranks.rank() == 0 else None
-    if problem := ranks.from_first(problem, "train.folder"):
+    problem = _create(folder, config) if world.rank() == 0 else None
+    if problem := world.from_first(problem, "train.folder"):
         raise TrainingError(problem)
 
 
@@ -143,20 +147,20 @@ class Stop:
 
 
 def run(train: Callable[[], None], script: str, *expected: type[Exception]) -> int:
-    """Runs `train` between ranks.start() and the exit code that it returns; Ctrl-C is a clean end.
+    """Runs `train` between world.start() and the exit code that it returns; Ctrl-C is a clean end.
 
     TrainingError, and what else is `expected`, ends all ranks with its one sentence. So does a rank that left.
     """
-    ranks.start()
+    world.start()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
         try:
             train()
-        except ranks.RankLeft:
+        except world.RankLeft:
             # Another rank left. If Ctrl-C was the reason, this rank's own signal is on its way.
             time.sleep(2)
-            print(f"{script}: another rank left the job; rank {ranks.rank()} ends.", file=sys.stderr, flush=True)
+            print(f"{script}: another rank left the job; rank {world.rank()} ends.", file=sys.stderr, flush=True)
             return 1
     except KeyboardInterrupt:
         return 0

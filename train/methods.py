@@ -1,9 +1,9 @@
 """How an iteration moves the players: as a list of moves, of which each takes one new gradient and one exchange.
 
-    extra_adam       both players look ahead, both step          2 moves    Gidel et al. (2019), algorithm 4
-    past_extra_adam  both look ahead by the last gradient, both step   1    the same, option 1
-    qgenx            both look ahead, both step, step size adapts      2    Q-GenX, algorithm 1
-    adam             the critic steps N times, then the generator    N + 1  the usual WGAN-GP: players alternate
+extra_adam       both players look ahead, both step          2 moves    Gidel et al. (2019), algorithm 4
+past_extra_adam  both look ahead by the last gradient, both step   1    the same, option 1
+qgenx            both look ahead, both step, step size adapts      2    Q-GenX, algorithm 1
+adam             the critic steps N times, then the generator    N + 1  the usual WGAN-GP: players alternate
 """
 
 from __future__ import annotations

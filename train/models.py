@@ -131,10 +131,17 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, mixing: Tens
     return (slope.flatten(1).norm(dim=1) - 1).square().mean()
 
 
-def critic_loss(critic: nn.Module, real: Tensor, fake: Tensor, mixing: Tensor, penalty: float) -> Tensor:
-    """E critic(fake) - E critic(real) + penalty * gradient_penalty; no gradient flows into the generator."""
-    distance = critic(fake.detach()).mean() - critic(real).mean()
-    return distance + penalty * gradient_penalty(critic, real, fake, mixing)
+def critic_loss(
+    critic: nn.Module, real: Tensor, fake: Tensor, mixing: Tensor, penalty: float, drift: float = 0.0
+) -> Tensor:
+    """E critic(fake) - E critic(real) + penalty * gradient_penalty + drift * E critic(real)^2.
+
+    No gradient flows into the generator. The first terms leave the critic's offset free, and it wanders off; a small
+    drift keeps it near 0. Source of the last term: Karras et al., "Progressive Growing of GANs" (2018), appendix A.1.
+    """
+    values = critic(real)
+    loss = critic(fake.detach()).mean() - values.mean() + penalty * gradient_penalty(critic, real, fake, mixing)
+    return loss + drift * values.square().mean() if drift else loss
 
 
 def generator_loss(critic: nn.Module, fake: Tensor) -> Tensor:

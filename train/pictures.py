@@ -17,6 +17,7 @@ COLORS = {
     "update": "#4f4f4f",
 }
 
+
 def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
     """Writes float images (rows * columns, 3, height, width) in [-1, 1] as one PNG, row by row."""
     count, channels, height, width = images.shape
@@ -59,7 +60,9 @@ def save_time(folder: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     columns = [[max(row[name], 0.0) for row in rows] for name in names]
     labels = [name.removeprefix("ms_") for name in names]
-    axes.stackplot([row["iteration"] for row in rows], columns, labels=labels, colors=[COLORS[label] for label in labels])
+    axes.stackplot(
+        [row["iteration"] for row in rows], columns, labels=labels, colors=[COLORS[label] for label in labels]
+    )
     axes.set_xlabel("iteration")
     axes.set_ylabel("ms of an iteration, rank 0")
     axes.legend(loc="upper right", ncols=4)

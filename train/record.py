@@ -1,10 +1,10 @@
 """What a run writes into its folder, shows on the terminal and tells TensorBoard and Weights & Biases: rank 0 alone.
 
-    config.json      every setting, and all else that is needed to repeat the run
-    metrics.jsonl    a line for each logged iteration
-    scores.jsonl     a line for each FID and KID
-    samples_*.png    and, at the end, curves.png, time.png, summary.json
-    checkpoint-*.pt  the last two, see checkpoint.py
+config.json      every setting, and all else that is needed to repeat the run
+metrics.jsonl    a line for each logged iteration
+scores.jsonl     a line for each FID and KID
+samples_*.png    and, at the end, curves.png, time.png, summary.json
+checkpoint-*.pt  the last two, see checkpoint.py
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import json
 import time
 from pathlib import Path
 
-import ranks
+import world
 from job import TrainingError, progress_bar
 
 METRICS, SCORES = "metrics.jsonl", "scores.jsonl"
@@ -27,8 +27,8 @@ def claim(folder: Path, config: dict | None) -> object:
     Raises:
         TrainingError: on all ranks, if the folder holds another run, is in use, or cannot be written.
     """
-    lock, problem = _claim(folder, config) if ranks.rank() == 0 else (None, None)
-    if problem := ranks.from_first(problem, "train.folder"):
+    lock, problem = _claim(folder, config) if world.rank() == 0 else (None, None)
+    if problem := world.from_first(problem, "train.folder"):
         raise TrainingError(problem)
     return lock
 
@@ -66,7 +66,7 @@ class Record:
     """On other ranks than 0 it does nothing. What cannot be written is kept as ``problem``, to be told to all ranks."""
 
     def __init__(self, folder: Path, config: dict, iteration: int, seconds: float):
-        self.folder, self.active = folder, ranks.rank() == 0
+        self.folder, self.active = folder, world.rank() == 0
         self.problem: str | None = None
         self.last: dict = {"iteration": iteration, "seconds": seconds}
         self.start, self.paused = time.monotonic() - seconds, 0.0
@@ -149,10 +149,10 @@ class Record:
         for tracker in self.trackers:
             tracker.finish()
         speed = iteration / max(self.seconds(), 1e-9)
-        sent = f"{summary.get('bytes_sent', 0):,} bytes sent, {summary.get('bits_per_coordinate', 0):.2f} bits per coordinate"
+        sent, bits = summary.get("bytes_sent", 0), summary.get("bits_per_coordinate", 0.0)
         print(
             f"{outcome}: {iteration} iterations in {self.seconds():.1f} s ({speed:.2f} per second); "
-            f"{sent}; {self.folder}{hint}",
+            f"{sent:,} bytes sent, {bits:.2f} bits per coordinate; {self.folder}{hint}",
             flush=True,
         )
 

@@ -19,7 +19,7 @@ except ImportError:  # before Python 3.11
 
 import torch
 from data import CHOICES
-from job import fraction, positive, whole
+from job import fraction, positive, weight, whole
 from methods import METHODS
 
 import hvd_qgenx
@@ -34,6 +34,7 @@ PRESETS = {
         "batch": 24,
         "lr_generator": 3e-4,
         "lr_critic": 2e-3,
+        "drift": 1e-3,
         "average": 0.8,
         "log_every": 5,
         "sample_every": 50,
@@ -51,6 +52,7 @@ PRESETS = {
         "batch": 192,
         "lr_generator": 1e-4,
         "lr_critic": 5e-4,
+        "drift": 1e-3,
         "average": 0.999,
         "log_every": 50,
         "sample_every": 1000,
@@ -68,6 +70,7 @@ PRESETS = {
         "batch": 1024,
         "lr_generator": 5e-5,
         "lr_critic": 5e-4,
+        "drift": 0.0,
         "average": 0.9999,
         "log_every": 100,
         "sample_every": 5000,
@@ -162,9 +165,10 @@ def parser_of(usage: str) -> argparse.ArgumentParser:
     add("--beta1", type=fraction, default=0.5, help="Adam's memory of gradients (0.5)")
     add("--step-scale", type=positive, default=1e-3, help="under qgenx: in place of learning rates (1e-3)")
     add("--penalty", type=positive, default=10.0, help="weight of the gradient penalty (10)")
+    add("--drift", type=weight, help="weight of the critic's mean square on real images, which keeps it near 0")
     add("--average", type=fraction, help="decay of the generator's moving average, which is sampled and scored")
     add("--compression", type=compression, default="qgenx", metavar="NAME[:OPTION=VALUE,...]",
-        help=f"what travels between the ranks: {', '.join(COMPRESSIONS)}; options of Compression.qgenx (qgenx)")  # fmt: skip
+        help=f"what travels: {', '.join(COMPRESSIONS)}; options of Compression.qgenx (qgenx)")  # fmt: skip
     add("--exchange", choices=("auto", "allgather", "two_phase"), default="auto", help="plan of coded exchanges (auto)")
     add("--data", choices=CHOICES, default="auto", help="source of the images (auto: the first that can be had)")
     add("--seed", type=whole(0), default=0, help="of weights, shards, noise and rounding (0)")
@@ -253,7 +257,9 @@ def _checked(path: Path, key: str, value, action: argparse.Action):
     except (argparse.ArgumentTypeError, ValueError) as error:
         raise ConfigError(f"--config {path}: {key}: {error}") from None
     if action.choices is not None and found not in action.choices:
-        raise ConfigError(f"--config {path}: {key}: invalid choice: {value!r} (choose from {', '.join(action.choices)})")
+        raise ConfigError(
+            f"--config {path}: {key}: invalid choice: {value!r} (choose from {', '.join(action.choices)})"
+        )
     return found
 
 

@@ -29,8 +29,8 @@ from pathlib import Path
 
 import checkpoint
 import numpy as np
-import ranks
 import torch
+import world
 from clock import Clock, Trace
 from data import SourceError, announce, load_images, minibatches
 from evaluation import Evaluation
@@ -65,12 +65,12 @@ class Training:
     def begin(self, content: dict | None) -> None:
         """From rank 0's fresh weights, or from a checkpoint."""
         if content is None:
-            ranks.share_start(self.game, list(self.method.optimizers))
+            world.share_start(self.game, list(self.method.optimizers))
             self.average.load_state_dict(self.generator.state_dict())
         else:
             self._restore(content)
-        size = self.flags.batch // ranks.size()
-        self.batches = minibatches(self.images, size, self.flags.seed, ranks.rank(), ranks.size(), self.moves)
+        size = self.flags.batch // world.size()
+        self.batches = minibatches(self.images, size, self.flags.seed, world.rank(), world.size(), self.moves)
 
     def _restore(self, content: dict) -> None:
         self.game.load_state_dict(content["game"])
@@ -86,8 +86,9 @@ class Training:
             "method": self.method.state_dict(),
             "counted": self.counted(),
             "losses": self.losses,
+            "iteration": self.iteration,
             "seconds": seconds,
-            "world_size": ranks.size(),
+            "world_size": world.size(),
         }
 
     @property
@@ -106,10 +107,10 @@ class Training:
         """Makes the moves that are left of an iteration; False if all ranks stop before one of them."""
         count = len(self.method.moves)
         for move in self.method.moves[self.moves % count :]:
-            question = ranks.ask(stop.asked, "train.stop")
+            question = world.ask(stop.asked, "train.stop")
             move.prepare()
             self.losses = self.gradients(move)
-            if ranks.answer(question):
+            if world.answer(question):
                 self.method.zero_grad()  # this gradient will be taken again
                 return False
             with self.clock("update"):
@@ -124,7 +125,7 @@ class Training:
         with self.clock("data"):
             real = next(self.batches).to(device)
             # A stream for every move: a run that goes on needs no memory of those before.
-            stream = random_stream(flags.seed, ranks.rank(), 3, device, self.moves)
+            stream = random_stream(flags.seed, world.rank(), 3, device, self.moves)
             noise = torch.randn(len(real), flags.latent, generator=stream, device=device)
             mixing = torch.rand(len(real), 1, 1, 1, generator=stream, device=device)
         with self.clock("forward"), torch.autocast(device, torch.bfloat16, enabled=flags.autocast):
@@ -146,7 +147,7 @@ class Training:
         if "generator" in move.players:
             losses["generator"] = generator_loss(self.critic, fake)
         if "critic" in move.players:
-            losses["critic"] = critic_loss(self.critic, real, fake, mixing, self.flags.penalty)
+            losses["critic"] = critic_loss(self.critic, real, fake, mixing, self.flags.penalty, self.flags.drift)
         return losses
 
     @torch.no_grad()
@@ -217,9 +218,9 @@ class Session:
         training, iteration = self.training, self.training.iteration
         problem = float(self.record.problem is not None)
         own = [*training.losses.tolist(), self.record.seconds(), problem]
-        generator, critic, seconds, problems = ranks.mean(torch.tensor(own, dtype=torch.float64), "train.log").tolist()
+        generator, critic, seconds, problems = world.mean(torch.tensor(own, dtype=torch.float64), "train.log").tolist()
         if problems:
-            raise TrainingError(ranks.from_first(self.record.problem, "train.problem"))
+            raise TrainingError(world.from_first(self.record.problem, "train.problem"))
         if not (math.isfinite(generator) and math.isfinite(critic)):
             raise TrainingError(f"The losses are not finite at iteration {iteration}; lower the learning rates.")
         counted, players = training.counted(), {name: count_parameters(each) for name, each in training.game.items()}
@@ -247,7 +248,7 @@ class Session:
         problem = None
         if self.record.active:
             problem = self._written()
-        if problem := ranks.from_first(problem or self.record.problem, "train.save"):
+        if problem := world.from_first(problem or self.record.problem, "train.save"):
             raise TrainingError(problem)
         self.saved = self.training.moves
 
@@ -275,19 +276,19 @@ class Session:
             )
 
     def _stops_everywhere(self) -> bool:
-        return ranks.answer(ranks.ask(self.stop.asked, "train.stop"))
+        return world.answer(world.ask(self.stop.asked, "train.stop"))
 
     def _score_if_due(self, iteration: int) -> bool:
         """What an earlier job of this run did not come to; False if the run was stopped meanwhile."""
         due = self.evaluation is not None and iteration % self.flags.score_every == 0
         made = self.record.scored(iteration) if self.record.active else None
-        return not due or ranks.from_first(made, "train.scored") or self._score(iteration)
+        return not due or world.from_first(made, "train.scored") or self._score(iteration)
 
     def _score(self, iteration: int) -> bool:
         assert self.evaluation is not None
         with self.record.pause():
             scores = self.evaluation.score(self.training.average, self.flags.latent, self.flags.seed)
-        if ranks.from_first(scores is None, "train.score"):
+        if world.from_first(scores is None, "train.score"):
             return False
         if scores is not None:
             self.record.score(iteration, scores)
@@ -303,8 +304,8 @@ def describe(flags: Namespace, origin: str, game: hvd_qgenx.Game) -> dict:
     return {
         **{name: str(value) if isinstance(value, Path) else value for name, value in plain.items()},
         "compression": flags.compression.text,
-        "world_size": ranks.size(),
-        "batch_per_rank": flags.batch // ranks.size(),
+        "world_size": world.size(),
+        "batch_per_rank": flags.batch // world.size(),
         "betas": (flags.beta1, BETA2),
         "images": origin,
         "parameters": {name: count_parameters(network) for name, network in game.items()},
@@ -313,7 +314,7 @@ def describe(flags: Namespace, origin: str, game: hvd_qgenx.Game) -> dict:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
-            "horovod": ranks.VERSION,
+            "horovod": world.VERSION,
             "hvd_qgenx": hvd_qgenx.__version__,
         },
     }
@@ -326,7 +327,7 @@ def take_up(flags: Namespace) -> tuple[Namespace, dict]:
         TrainingError: on all ranks, if there is nothing to go on from, or if a flag asks for another run.
     """
     saved, content, problem = None, None, None
-    if ranks.rank() == 0:
+    if world.rank() == 0:
         try:
             saved = json.loads((flags.resume / "config.json").read_text())
             content, warnings = checkpoint.load_last(flags.resume)
@@ -336,7 +337,7 @@ def take_up(flags: Namespace) -> tuple[Namespace, dict]:
             problem = f"{flags.resume} holds no run to go on with ({error})."
         except checkpoint.CheckpointError as error:
             problem = str(error)
-    saved, content, problem = ranks.from_first((saved, content, problem), "train.resume")
+    saved, content, problem = world.from_first((saved, content, problem), "train.resume")
     if problem:
         raise TrainingError(problem)
     return merged(flags, saved), content
@@ -356,27 +357,25 @@ def merged(flags: Namespace, saved: dict) -> Namespace:
 
 
 def tell_of_ranks(content: dict) -> None:
-    if content["world_size"] != ranks.size():
+    if content["world_size"] != world.size():
         announce(
-            f"Notice: {ranks.size()} ranks go on where {content['world_size']} were. Weights, moving average, optimizer, "
-            "levels and counters continue; each rank's images, noise and rounding are new, so this is another run "
-            "from here on."
+            f"Notice: {world.size()} ranks go on where {content['world_size']} were. Weights, moving average, "
+            "optimizer, levels and counters continue; each rank's images, noise and rounding are new, so this is "
+            "another run from here on."
         )
 
 
 def check_size(flags: Namespace) -> None:
-    if flags.batch < ranks.size():
-        raise TrainingError(f"--batch {flags.batch} is too small: each of the {ranks.size()} ranks needs an image.")
+    if flags.batch < world.size():
+        raise TrainingError(f"--batch {flags.batch} is too small: each of the {world.size()} ranks needs an image.")
     if flags.device == "cuda":
-        if ranks.local_rank() == 0 and ranks.local_size() > torch.cuda.device_count():
-            print(
-                f"Notice: {ranks.local_size()} ranks share {torch.cuda.device_count()} GPU of this host.", flush=True
-            )
-        torch.cuda.set_device(ranks.local_rank() % torch.cuda.device_count())
+        if world.local_rank() == 0 and world.local_size() > torch.cuda.device_count():
+            print(f"Notice: {world.local_size()} ranks share {torch.cuda.device_count()} GPU of this host.", flush=True)
+        torch.cuda.set_device(world.local_rank() % torch.cuda.device_count())
 
 
 def train(flags: Namespace) -> None:
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size()))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size()))
     content = None
     if flags.resume:
         flags, content = take_up(flags)
@@ -405,7 +404,7 @@ def finish(session: Session, outcome: str) -> None:
         if record.active:
             draw(record)
     record.finish(outcome, iteration, hint)
-    if problem := ranks.from_first(record.problem, "train.problem"):
+    if problem := world.from_first(record.problem, "train.problem"):
         raise TrainingError(problem)
 
 
