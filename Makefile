@@ -6,11 +6,12 @@ RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTEST := $(RUN) HYPOTHESIS_STORAGE_DIRECTORY=.cache/hypothesis pytest
 CORE = $(shell find hvd_qgenx/csrc tests/fuzz -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: help setup train test quick fuzz sanitize format lint types dist clean
+.PHONY: help setup train experiment test quick fuzz sanitize format lint types dist clean
 
 help:
 	@echo "make setup  make .venv ready: pinned packages, Horovod, this package"
 	@echo "make train  run the main job on 3 processes (ARGS=... are passed on)"
+	@echo "make experiment  the paper's figure for six compressions: an hour (PRESET=paper HOSTS=node1,node2,node3 ARGS=...)"
 	@echo "make test   run every test (TESTS=path runs those alone; ARGS=... are passed to pytest)"
 	@echo "make quick  run the tests that start no other processes and are not slow, in less than a minute"
 	@echo "make fuzz   feed the core's decoder damaged payloads for ten minutes (DURATION=seconds, RUNS=..., SEED=...)"
@@ -26,6 +27,9 @@ setup:
 
 train: setup
 	$(RUN) horovodrun -np 3 python train/wgan.py $(ARGS)
+
+experiment: setup
+	$(RUN) python benchmarks/experiment.py $(if $(PRESET),--size $(PRESET)) $(if $(HOSTS),--hosts $(HOSTS)) $(ARGS)
 
 test: setup
 	$(PYTEST) $(TESTS) $(ARGS)

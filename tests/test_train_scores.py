@@ -58,7 +58,7 @@ def test_kid_is_the_mean_over_pairs_by_hand():
 
 
 def test_kid_has_no_bias_and_its_standard_error_is_its_spread():
-    """400 pairs of sets from one distribution: the mean is 0 within 4 standard errors of it, though each has 20 rows."""
+    """400 pairs of sets from one distribution: the mean is 0 within 4 standard errors, though a set has 20 rows."""
     found = [fid.kernel_distance(features(20, 2 * seed), features(30, 2 * seed + 1)) for seed in range(400)]
     values, errors = np.array([each.value for each in found]), np.array([each.error for each in found])
     assert abs(values.mean()) < 4 * values.std() / 20
@@ -108,8 +108,8 @@ def _write(folder: Path, images: np.ndarray) -> None:
 @pytest.mark.slow
 def test_fid_is_that_of_pytorch_fids_own_command(tmp_path, network):
     draw = np.random.default_rng(0)
-    noise = draw.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
-    smooth = np.repeat(np.repeat(noise[:, :, ::8, ::8], 8, 2), 8, 3)[:10]
+    noise = draw.integers(0, 256, (7, 3, 32, 32), dtype=np.uint8)
+    smooth = np.repeat(np.repeat(noise[:, :, ::8, ::8], 8, 2), 8, 3)[:5]
     _write(tmp_path / "noise", noise)
     _write(tmp_path / "smooth", smooth)
     command = [sys.executable, "-c", COMMAND, "--num-workers", "0", "--device", "cpu"]

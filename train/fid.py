@@ -1,7 +1,7 @@
 """FID and KID of features, as formulas: nothing here knows of images, networks or ranks.
 
     FID = ||m_1 - m_2||^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))     of two sets' means and covariances
-    KID = mean k(x, x') + mean k(y, y') - 2 mean k(x, y)          over different x, x' and y, y'; k(a, b) = (a.b/d + 1)^3
+    KID = mean k(x, x') + mean k(y, y') - 2 mean k(x, y)         over different x, x' and y, y'; k(a, b) = (a.b/d + 1)^3
 
 FID has a bias that falls with the number of features N, so two FIDs are comparable at the same N only. KID is an
 unbiased estimate of its limit at every N. Sources: Heusel et al. (2017); Binkowski et al. (2018).

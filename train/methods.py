@@ -19,7 +19,7 @@ import hvd_qgenx
 METHODS = ("extra_adam", "past_extra_adam", "qgenx", "adam")
 BETA2 = 0.9
 PLAYERS = ("generator", "critic")
-#: Of `Communication`, what a run adds up over its optimizers and over its continuations.
+#: Of `Communication`, what a run adds up over its optimizers, and what it goes on from.
 COUNTED = ("exchanges", "bytes_sent", "coordinates", "squared_error", "squared_norm")
 SEED_APART = 1_000_003  # between the players' own compressors: their draws must differ
 
@@ -42,7 +42,7 @@ class Method:
             optimizer.zero_grad()
 
     def counted(self) -> dict[str, float]:
-        """What this process has sent so far."""
+        """What this rank has sent so far, over all continuations of its run."""
         return {name: sum(getattr(each.communication, name) for each in self.optimizers) for name in COUNTED}
 
     def seconds(self) -> dict[str, float]:
@@ -53,9 +53,15 @@ class Method:
     def state_dict(self) -> list[dict]:
         return [optimizer.state_dict() for optimizer in self.optimizers]
 
-    def load_state_dict(self, states: list[dict]) -> None:
-        for optimizer, state in zip(self.optimizers, states, strict=True):
+    def counts(self) -> list[dict[str, float]]:
+        """Of each optimizer; they are no part of its state."""
+        return [{name: getattr(each.communication, name) for name in COUNTED} for each in self.optimizers]
+
+    def load(self, states: list[dict], counts: list[dict[str, float]]) -> None:
+        for optimizer, state, counted in zip(self.optimizers, states, counts, strict=True):
             optimizer.load_state_dict(state)
+            for name, value in counted.items():
+                setattr(optimizer.communication, name, value)
 
 
 def make_method(flags, game: hvd_qgenx.Game) -> Method:

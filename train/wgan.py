@@ -35,7 +35,7 @@ from clock import Clock, Trace
 from data import SourceError, announce, load_images, minibatches
 from evaluation import Evaluation
 from job import Stop, TrainingError, check_replicas, random_stream, run
-from methods import BETA2, COUNTED, Move, make_method
+from methods import BETA2, Move, make_method
 from models import Critic, Generator, count_parameters, critic_loss, generator_loss
 from pictures import save_curves, save_grid, save_time
 from record import METRICS, Record, check_wandb, claim
@@ -58,7 +58,6 @@ class Training:
         self.average = copy.deepcopy(self.generator).requires_grad_(False)
         self.method = make_method(flags, self.game)
         self.moves = 0
-        self.earlier = dict.fromkeys(COUNTED, 0.0)
         self.losses = torch.zeros(2)
         self.clock = Clock(self.method.seconds, flags.profile and flags.device == "cuda")
 
@@ -75,8 +74,8 @@ class Training:
     def _restore(self, content: dict) -> None:
         self.game.load_state_dict(content["game"])
         self.average.load_state_dict(content["average"])
-        self.method.load_state_dict(content["method"])
-        self.moves, self.earlier, self.losses = content["moves"], content["counted"], content["losses"]
+        self.method.load(content["method"], content["counts"])
+        self.moves, self.losses = content["moves"], content["losses"]
 
     def content(self, seconds: float) -> dict:
         """What a checkpoint holds; equal on all ranks but for the time and the counters."""
@@ -84,7 +83,7 @@ class Training:
             "game": self.game.state_dict(),
             "average": self.average.state_dict(),
             "method": self.method.state_dict(),
-            "counted": self.counted(),
+            "counts": self.method.counts(),
             "losses": self.losses,
             "iteration": self.iteration,
             "seconds": seconds,
@@ -95,10 +94,6 @@ class Training:
     def iteration(self) -> int:
         """How many are complete."""
         return self.moves // len(self.method.moves)
-
-    def counted(self) -> dict[str, float]:
-        """What the run has sent so far, in this process and before."""
-        return {name: self.earlier[name] + value for name, value in self.method.counted().items()}
 
     def finite(self) -> bool:
         return all(bool(p.isfinite().all()) for p in self.game.parameters())
@@ -223,7 +218,7 @@ class Session:
             raise TrainingError(world.from_first(self.record.problem, "train.problem"))
         if not (math.isfinite(generator) and math.isfinite(critic)):
             raise TrainingError(f"The losses are not finite at iteration {iteration}; lower the learning rates.")
-        counted, players = training.counted(), {name: count_parameters(each) for name, each in training.game.items()}
+        counted, players = training.method.counted(), {name: count_parameters(each) for name, each in training.game.items()}
         dense = sum(players[player] for move in training.method.moves for player in move.players)
         self.record.row(
             {

@@ -59,11 +59,11 @@ def test_a_run_cut_off_after_any_move_goes_on_bit_for_bit(tmp_path, optimizer, m
 def test_counters_continue_where_the_checkpoint_left_them(tmp_path):
     cut = begun()
     cut.iterate(RUNNING)
-    before = cut.counted()
+    before = cut.method.counted()
     resumed = begun(content=checkpoint.load(checkpoint.save(tmp_path, cut.moves, cut.content(0.0))))
-    assert resumed.counted() == before
+    assert resumed.method.counted() == before
     resumed.iterate(RUNNING)
-    assert resumed.counted()["exchanges"] == 2 * before["exchanges"]
+    assert resumed.method.counted()["exchanges"] == 2 * before["exchanges"]
 
 
 def test_alternating_players_step_as_often_as_asked_and_send_their_own_bytes_only():
