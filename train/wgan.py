@@ -218,7 +218,8 @@ class Session:
             raise TrainingError(world.from_first(self.record.problem, "train.problem"))
         if not (math.isfinite(generator) and math.isfinite(critic)):
             raise TrainingError(f"The losses are not finite at iteration {iteration}; lower the learning rates.")
-        counted, players = training.method.counted(), {name: count_parameters(each) for name, each in training.game.items()}
+        counted = training.method.counted()
+        players = {name: count_parameters(network) for name, network in training.game.items()}
         dense = sum(players[player] for move in training.method.moves for player in move.players)
         self.record.row(
             {
