@@ -122,7 +122,8 @@ def table() -> str:
              "over_best")  # fmt: skip
     lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * len(names) + "|"]
     with open(RESULTS) as file:
-        return "\n".join(lines + ["| " + " | ".join(row[name] for name in names) + " |" for row in csv.DictReader(file)])
+        lines += ["| " + " | ".join(row[name] for name in names) + " |" for row in csv.DictReader(file)]
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -56,7 +56,8 @@ def _brief(rows: list[dict]) -> list[str]:
         by_method.setdefault(row["method"], []).append(row)
     first, best = rows[0], min(by_method["wrapper_4"], key=lambda row: float(row["ms_median"]))
     shown = [(by_method.get(name) or [{"ms_median": ""}])[0]["ms_median"] for name in ("stock_float32", "stock_fp16")]
-    ratios = [f"{float(best['float32_over_this']):.1f}", f"{float(best['fp16_wire_ms']) / float(best['ms_median']):.1f}"]
+    times = [float(best["float32_over_this"]), float(best["fp16_wire_ms"]) / float(best["ms_median"])]
+    ratios = [f"{ratio:.1f}" for ratio in times]
     place = [first["rate"], str(first["hosts"]), f"{first['model']}, {int(first['numel']):,}", first["mode"]]
     return [*place, *shown, str(best["ms_median"]), best["plan"], *ratios]
 

@@ -20,6 +20,9 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
         ("docs/levels.md", "levels_table", ""),
         ("docs/exchange.md", "two_phase_error", ""),
         ("docs/exchange.md", "exchange_memory", ""),
+        ("docs/exchange.md", "exchange_time", ""),
+        ("docs/exchange.md", "overlap_time", ""),
+        ("README.md", "exchange_time", " --brief"),
     ],
 )
 def test_tables_are_those_of_the_committed_rows(monkeypatch, page, benchmark, option):
