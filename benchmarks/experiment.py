@@ -29,12 +29,12 @@ from records import ROOT
 
 COMPRESSIONS = ("none", "fp16", "fixed8", "fixed4", "qgenx:bits=4", "qgenx:bits=3")
 TRAIN = ROOT / "train"
-#: Of the size "small": 2 cores make six runs of it in an hour. The networks are wide for so few images, so that there
-#: is something to send: at width 32 a gradient in float32 is 0.8 MB.
+#: Of the size "small": 2 cores make six runs of it in about an hour. The networks are wide for so few images, so that
+#: there is something to send: at width 64 a gradient in float32 is 2.9 MB.
 SMALL = {
     "iterations": "300",
     "minutes": "600",
-    "width": "32",
+    "width": "64",
     "latent": "64",
     "batch": "12",
     "average": "0.95",

@@ -17,7 +17,7 @@ import torch
 import world
 from data import SourceError, announce, cache_folder
 from fid import Moments, frechet_distance, kernel_distance
-from inception import AT_ONCE, FEATURES, Inception
+from inception import AT_ONCE, FEATURES, Inception, fetch_weights, fid_network
 from job import random_stream
 from torch import Tensor
 
@@ -69,7 +69,8 @@ class Evaluation:
 
     def __init__(self, images: np.ndarray, samples: int, reference: int, device: str, stopped: Callable[[], bool]):
         self.samples, self.device, self.stopped = samples, device, stopped
-        self.inception = _inception(device)
+        fetch_weights_everywhere()
+        self.inception = Inception(device)
         chosen = np.random.default_rng(0).permutation(len(images))[:reference]
         self.reference = self._reference(images, np.sort(chosen))
 
@@ -115,15 +116,15 @@ def _together(features: Tensor) -> Features:
     return Features(Moments(count, first, second), rows[:MOST_FOR_KID])
 
 
-def _inception(device: str) -> Inception:
-    problem, network = None, None
+def fetch_weights_everywhere() -> None:
+    """Raises SourceError on all ranks, with one sentence, if a host cannot have the network or its weights."""
+    problem = None
     try:
-        network = Inception(device)
+        fid_network()
+        fetch_weights()
     except SourceError as error:
         problem = str(error)
     world.agree(problem, "train.inception", SourceError)
-    assert network is not None
-    return network
 
 
 def _hash(images: np.ndarray, chosen: np.ndarray) -> str:

@@ -33,7 +33,7 @@ import torch
 import world
 from clock import Clock, Trace
 from data import SourceError, announce, load_images, minibatches
-from evaluation import Evaluation
+from evaluation import Evaluation, fetch_weights_everywhere
 from job import Stop, TrainingError, check_replicas, random_stream, run
 from methods import BETA2, Move, make_method
 from models import Critic, Generator, count_parameters, critic_loss, generator_loss
@@ -132,8 +132,8 @@ class Training:
             else:
                 (player,) = move.players
                 torch.autograd.backward(losses[player], inputs=list(self.game[player].parameters()))
-        known = dict(zip(("generator", "critic"), self.losses, strict=True))
-        return torch.stack([{**known, **losses}[player].detach().float() for player in known]).cpu()
+        known = dict(zip(("generator", "critic"), self.losses.tolist(), strict=True))
+        return torch.tensor([float({**known, **losses}[player]) for player in known])
 
     def _losses(self, move: Move, real, noise, mixing) -> dict[str, torch.Tensor]:
         with torch.set_grad_enabled("generator" in move.players):
@@ -276,7 +276,8 @@ class Session:
 
     def _score_if_due(self, iteration: int) -> bool:
         """What an earlier job of this run did not come to; False if the run was stopped meanwhile."""
-        due = self.evaluation is not None and iteration % self.flags.score_every == 0
+        ends = iteration >= self.flags.iterations
+        due = self.evaluation is not None and (ends or iteration % self.flags.score_every == 0)
         made = self.record.scored(iteration) if self.record.active else None
         return not due or world.from_first(made, "train.scored") or self._score(iteration)
 
@@ -378,6 +379,8 @@ def train(flags: Namespace) -> None:
         tell_of_ranks(content)
     check_size(flags)
     check_wandb(flags.wandb)
+    if flags.score_every:
+        fetch_weights_everywhere()
     images, origin = load_images(flags.data)
     folder = flags.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{flags.compression.name}"
     training = Training(flags, images)
