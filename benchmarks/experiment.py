@@ -120,7 +120,9 @@ def experiment(flags: argparse.Namespace) -> int:
     folders = [run_folder(base, compression, seed) for seed, compression in plan]
     with launcher(flags) as launch:
         for (seed, compression), folder in zip(plan, folders, strict=True):
-            words = [*settings(flags.size), "--seed", str(seed), "--compression", compression, *flags.flags]
+            words = [*settings(flags.size), "--seed", str(seed), "--compression", compression]
+            # The laboratory's hosts share this machine's cores, and each believes that they are its own.
+            words += [*(["--threads", "1"] if flags.rate else []), *flags.flags]
             code = one_run(launch, folder, words)
             if code or state(folder) != "finished":
                 print(f"experiment.py: {folder} did not finish; the same command goes on from here.", file=sys.stderr)

@@ -27,7 +27,7 @@ AXES = {
 SCORE_NAMES = {"fid": "FID", "kid": "KID"}
 #: Settings that do not make another experiment.
 FREE = {"seed", "out", "resume", "config", "device", "wandb", "wandb_mode", "trace", "profile", "check_replicas",
-        "checkpoint_every", "sample_every", "log_every", "versions", "images", "threads_per_rank",
+        "checkpoint_every", "sample_every", "log_every", "versions", "images", "threads", "threads_per_rank",
         "preset"}  # fmt: skip
 ORDER = ("none", "fp16", "fixed8", "fixed4", "qgenx")
 COLUMNS = ["label", "seed", "iteration", "seconds", "bytes_sent", "fid", "kid", "kid_error", "samples", "reference"]

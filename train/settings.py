@@ -83,7 +83,8 @@ PRESETS = {
 #: What a run that goes on may be told anew; all else stays as it began.
 CHANGEABLE = {
     "iterations", "minutes", "log_every", "sample_every", "score_every", "score_samples", "reference",
-    "checkpoint_every", "check_replicas", "device", "profile", "trace", "wandb", "wandb_mode", "resume", "out",
+    "checkpoint_every", "check_replicas", "device", "threads", "profile", "trace", "wandb", "wandb_mode", "resume",
+    "out",
 }  # fmt: skip
 
 
@@ -181,6 +182,7 @@ def parser_of(usage: str) -> argparse.ArgumentParser:
     add("--check-replicas", type=whole(0), default=0, metavar="N",
         help="compare a hash of all parameters of all ranks every N iterations and at the end (0: never)")  # fmt: skip
     add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", type=whole(1), help="of each rank on the CPU (the host's cores, shared by its ranks)")
     add("--autocast", action="store_true", help="both losses in bfloat16 where torch's autocast says so")
     add("--profile", action="store_true", help="wait for the GPU around each part, so that its time is its own")
     add("--trace", type=whole(0), default=0, metavar="N", help="N iterations as a Chrome trace in trace.json")

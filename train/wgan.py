@@ -372,7 +372,7 @@ def check_size(flags: Namespace) -> None:
 
 
 def train(flags: Namespace) -> None:
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size()))
+    torch.set_num_threads(flags.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size()))
     content = None
     if flags.resume:
         flags, content = take_up(flags)
