@@ -137,7 +137,7 @@ class Training:
 
     def _losses(self, move: Move, real, noise, mixing) -> dict[str, torch.Tensor]:
         with torch.set_grad_enabled("generator" in move.players):
-            fake = self.generator(noise)
+            fake = self.generator(noise).float()  # the penalty mixes them with real images, also under autocast
         losses = {}
         if "generator" in move.players:
             losses["generator"] = generator_loss(self.critic, fake)
