@@ -37,7 +37,7 @@ SMALL = {
     "width": "64",
     "latent": "64",
     "batch": "12",
-    "average": "0.95",
+    "average": "0.97",
     "log-every": "10",
     "sample-every": "100",
     "checkpoint-every": "50",

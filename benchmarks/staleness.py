@@ -40,7 +40,7 @@ def train(width: int, batch: int, iterations: int, images):
     torch.manual_seed(0)
     generator, critic = Generator(width, 64), Critic(width)
     parameters = [*generator.parameters(), *critic.parameters()]
-    # The learning rates of the trainer's "quick" preset.
+    # The learning rates that the trainer's "quick" preset had when the rows were measured.
     groups = [{"params": generator.parameters(), "lr": 3e-4}, {"params": critic.parameters(), "lr": 2e-3}]
     optimizer = hvd_qgenx.ExtraAdam(groups, betas=(0.5, 0.9))
     random = torch.Generator().manual_seed(1)

@@ -25,19 +25,21 @@ from methods import METHODS
 import hvd_qgenx
 
 PRESETS = {
-    # Small enough for a laptop: colours and rough shapes instead of noise. Chosen by benchmarks/quick_search.py.
+    # Small enough for a laptop: colours and rough shapes instead of noise. Picked by eye from five short runs, of which
+    # docs/experiment.md tells; benchmarks/quick_search.py is to choose.
     "quick": {
-        "iterations": 500,
+        "iterations": 1500,
         "minutes": 3.5,
-        "width": 12,
+        "width": 16,
         "latent": 64,
         "batch": 24,
-        "lr_generator": 3e-4,
-        "lr_critic": 2e-3,
+        "lr_generator": 2e-4,
+        "lr_critic": 1e-3,
+        "beta1": 0.0,
         "drift": 1e-3,
-        "average": 0.8,
+        "average": 0.97,
         "log_every": 5,
-        "sample_every": 50,
+        "sample_every": 100,
         "score_every": 0,
         "score_samples": 256,
         "reference": 1000,
@@ -52,6 +54,7 @@ PRESETS = {
         "batch": 192,
         "lr_generator": 1e-4,
         "lr_critic": 5e-4,
+        "beta1": 0.5,
         "drift": 1e-3,
         "average": 0.999,
         "log_every": 50,
@@ -70,6 +73,7 @@ PRESETS = {
         "batch": 1024,
         "lr_generator": 5e-5,
         "lr_critic": 5e-4,
+        "beta1": 0.5,
         "drift": 0.0,
         "average": 0.9999,
         "log_every": 100,
@@ -163,7 +167,7 @@ def parser_of(usage: str) -> argparse.ArgumentParser:
     add("--critic-steps", type=whole(1), default=1, metavar="N", help="under adam: before each of the generator's (1)")
     add("--lr-generator", type=positive, help="learning rate of the generator")
     add("--lr-critic", type=positive, help="learning rate of the critic")
-    add("--beta1", type=fraction, default=0.5, help="Adam's memory of gradients (0.5)")
+    add("--beta1", type=fraction, help="Adam's memory of gradients")
     add("--step-scale", type=positive, default=1e-3, help="under qgenx: in place of learning rates (1e-3)")
     add("--penalty", type=positive, default=10.0, help="weight of the gradient penalty (10)")
     add("--drift", type=weight, help="weight of the critic's mean square on real images, which keeps it near 0")
