@@ -25,7 +25,7 @@ from methods import METHODS
 import hvd_qgenx
 
 PRESETS = {
-    # Small enough for a laptop: colours and rough shapes instead of noise. Picked by eye from five short runs, of which
+    # Small enough for a laptop: colours and rough shapes instead of noise. Picked by eye from four short runs, of which
     # docs/experiment.md tells; benchmarks/quick_search.py is to choose.
     "quick": {
         "iterations": 1500,
