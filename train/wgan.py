@@ -133,7 +133,7 @@ class Training:
                 (player,) = move.players
                 torch.autograd.backward(losses[player], inputs=list(self.game[player].parameters()))
         known = dict(zip(("generator", "critic"), self.losses.tolist(), strict=True))
-        return torch.tensor([float({**known, **losses}[player]) for player in known])
+        return torch.tensor(list({**known, **{player: loss.item() for player, loss in losses.items()}}.values()))
 
     def _losses(self, move: Move, real, noise, mixing) -> dict[str, torch.Tensor]:
         with torch.set_grad_enabled("generator" in move.players):
