@@ -54,7 +54,7 @@ class Rehearsal(Transport):
     def check_started(self) -> None:
         """There is nothing to start."""
 
-    def allgather(self, message: Tensor, name: str) -> Pending:
+    def allgather(self, message: Tensor, name: str, lane: int = 0) -> Pending:
         return _Echo(message, self._ranks)
 
     def alltoall(self, messages: Tensor, splits: Tensor, name: str) -> Pending:
