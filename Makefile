@@ -11,7 +11,7 @@ CORE = $(shell find hvd_qgenx/csrc tests/fuzz -name '*.cpp' -o -name '*.h' -o -n
 help:
 	@echo "make setup  make .venv ready: pinned packages, Horovod, this package"
 	@echo "make train  run the main job on 3 processes (ARGS=... are passed on)"
-	@echo "make experiment  the paper's figure for six compressions: an hour (PRESET=paper HOSTS=node1,node2,node3 ARGS=...)"
+	@echo "make experiment  the paper's figure for six compressions (PRESET=paper HOSTS=node1,node2,node3 ARGS=...)"
 	@echo "make test   run every test (TESTS=path runs those alone; ARGS=... are passed to pytest)"
 	@echo "make quick  run the tests that start no other processes and are not slow, in less than a minute"
 	@echo "make fuzz   feed the core's decoder damaged payloads for ten minutes (DURATION=seconds, RUNS=..., SEED=...)"

@@ -1,6 +1,6 @@
 """The experiment of the Q-GenX paper: one training at equal seed and size for each compression, ending in its Figure 1.
 
-    make experiment                                             # 3 ranks here; about an hour on 2 cores
+    make experiment                                             # 3 ranks here; meant for an hour on 2 cores
     make experiment ARGS="--seeds 3"                            # three times as long
     make experiment ARGS="--rate 100mbit --seeds 3"             # on 3 hosts of benchmarks/laboratory.py, as root
     make experiment PRESET=paper HOSTS=node1,node2,node3        # the full thing, one GPU per host
@@ -29,7 +29,7 @@ from records import ROOT
 
 COMPRESSIONS = ("none", "fp16", "fixed8", "fixed4", "qgenx:bits=4", "qgenx:bits=3")
 TRAIN = ROOT / "train"
-#: Of the size "small": 2 cores make six runs of it in about an hour. The networks are wide for so few images, so that
+#: Of the size "small": meant for six runs in an hour on 2 cores. The networks are wide for so few images, so that
 #: there is something to send: at width 64 a gradient in float32 is 2.9 MB.
 SMALL = {
     "iterations": "300",

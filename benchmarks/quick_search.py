@@ -1,6 +1,6 @@
 """The search that chose the settings of train/wgan.py's quick preset.
 
-    python benchmarks/quick_search.py            # 24 runs of 3.5 minutes and a score each: 2.5 hours on 2 cores
+    python benchmarks/quick_search.py            # 24 runs of 3.5 minutes and a score each: an estimated 2.5 hours
     python benchmarks/quick_search.py --table    # prints what benchmarks/results/quick_search.csv says
 
 Every point of GRID is trained as the preset is, on 3 ranks for 3.5 minutes, and its last checkpoint scored: KID of 500
