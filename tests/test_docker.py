@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import build_horovod
 import pytest
 import yaml
 
@@ -68,6 +69,17 @@ def test_the_user_is_not_root_and_horovod_says_how_it_is(kind):
     assert where(kind, "USER", "qgenx") < where(kind, "COPY", "--chown=qgenx . .")
     health = next(rest for name, rest in steps(kind) if name == "HEALTHCHECK")
     assert health.endswith('CMD ["horovodrun", "--check-build"]')
+
+
+def test_the_gpus_choices_reach_horovods_build(monkeypatch):
+    chosen = next(rest for name, rest in steps("gpu") if name == "ENV" and "HOROVOD" in rest)
+    names = re.findall(r"(HOROVOD_\w+)=", chosen)
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert not set(names) & set(build_horovod.build_environment())
+    for name in names:
+        monkeypatch.setenv(name, "chosen")
+    assert [build_horovod.build_environment()[name] for name in names] == ["chosen", "chosen"]
 
 
 def test_no_private_key_is_in_the_checkout_and_none_of_the_base_stays_in_an_image():
