@@ -28,6 +28,8 @@ from hvd_qgenx.communication import Communication
 from hvd_qgenx.exchange.allgather import Arrived
 from hvd_qgenx.exchange.coded import CodedExchange
 from hvd_qgenx.levels import Levels
+from hvd_qgenx.stock import describe, is_optimizer, optimizer_of, postpone
+from hvd_qgenx.transports import LostError
 
 
 class NoneCompressor:
@@ -70,6 +72,8 @@ class _Batch:
         self.ranks: tuple[int, int] | None = None
         self.calls: list[weakref.ref[_Call]] = []
         self.arrived: Arrived | None = None
+        #: Why nothing came of them.
+        self.failure: Exception | None = None
 
     def add(self, tensor: Tensor, is_gradient: bool) -> _Call:
         call = _Call(self, len(self.calls), tensor, is_gradient)
@@ -79,6 +83,10 @@ class _Batch:
     def tensors(self) -> list[Tensor | None]:
         """Of all calls, in their order; None for one that was given up."""
         return [None if (call := kept()) is None else call.tensor for kept in self.calls]
+
+    def refusal(self) -> ValueError | None:
+        """Why this rank cannot send what was kept."""
+        return next((call.refusal for kept in self.calls if (call := kept()) is not None and call.refusal), None)
 
     def targets(self) -> list[Tensor]:
         """Where the mean of each call's tensor goes, contiguous float32."""
@@ -97,6 +105,8 @@ class _Call:
         can_take = tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
         self.is_own = is_gradient and can_take
         self.broken = False
+        #: Why this tensor cannot be sent.
+        self.refusal: ValueError | None = None
 
     @property
     def number(self) -> int:
@@ -129,6 +139,8 @@ class QGenXCompressor:
         self._communication = exchange.communication if exchange else Communication()
         self._made = exchange
         self._open = _Batch(0)
+        self._epoch: object = None
+        self._described: weakref.ref | None = None
         self._lock = threading.Lock()
 
     def __call__(
@@ -204,20 +216,62 @@ class QGenXCompressor:
 
     def compress(self, tensor: Tensor):
         """Keeps ``tensor`` for the next exchange. Returns the token that Horovod reduces, and a context."""
-        if check_gradient(tensor).requires_grad:
-            raise ValueError("gradient must not require a gradient itself: rounding has none")
+        frame = caller()
+        refusal = _refusal(tensor)
+        if refusal and not is_optimizer(frame):
+            raise refusal
         with self._lock:
-            call = self._open.add(tensor, is_optimizer(caller()))
+            if not self._open.calls:
+                self._agree(optimizer_of(frame))
+            call = self._open.add(tensor, is_optimizer(frame))
+        call.refusal = refusal
         size, rank = self._ranks(call.batch)
         entries = [0.0] * (2 + size)
         entries[0], entries[1 + rank], entries[-1] = 1.0, call.number, rank + 1
         token = torch.tensor(entries, dtype=torch.float32, device="cpu")
         return self._communication.count(token), call
 
+    def _agree(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Before the first token of an optimizer, and where ranks have changed, they compare what they will send.
+
+        Otherwise a rank with more parameters than the others would wait for tokens that never come.
+        """
+        transport = self._exchange.transport
+        if self._epoch is not transport.epoch:
+            self._epoch, self._open = transport.epoch, _Batch(self._open.first)
+        if not transport.included or transport.size == 1:
+            return
+        if optimizer is not None and (self._described is None or self._described() is not optimizer):
+            self._exchange.describe(*describe(optimizer))
+            self._described = weakref.ref(optimizer)
+        with self._exchange.unbroken():
+            self._exchange.settle()
+
     def decompress(self, token: Tensor, ctx: _Call | None):
-        """The mean over ranks of the tensor that ``ctx`` stands for, times the factor that Horovod applied."""
+        """The mean over ranks of the tensor that ``ctx`` stands for, times the factor that Horovod applied.
+
+        Raises:
+            DisagreementError, PayloadError, FloatingPointError, ValueError: as an exchange does; where Horovod's
+                optimizer calls, its ``step`` raises, and the gradient is NaN until then.
+        """
         if ctx is None:  # a sparse gradient, which Horovod sends by itself
             return token
+        try:
+            return self._decompress(token, ctx)
+        except LostError:  # nothing can be repeated with these ranks
+            raise
+        except Exception as error:
+            optimizer = optimizer_of(caller())
+            if optimizer is None:
+                raise
+            if ctx.batch.failure is not error:
+                ctx.batch.failure = ctx.batch.failure or error
+                postpone(error, optimizer)
+            return torch.full_like(ctx.tensor, torch.nan) if ctx.refusal is None else ctx.tensor
+
+    def _decompress(self, token: Tensor, ctx: _Call) -> Tensor:
+        if ctx.batch.failure:
+            raise ctx.batch.failure
         sections, factor = self._sections(ctx, token)
         tensor, mean = ctx.tensor, self._mean(ctx, sections, factor)
         if ctx.broken:
@@ -255,6 +309,7 @@ class QGenXCompressor:
         size, rank = self._ranks(call.batch)
         if len(token) == 2 + size and token[0] != 0.0 and all(map(math.isfinite, token)):
             scaled = [entry * size / token[0] for entry in token[1:]]
+            self._check_joined(scaled, token)
             if abs(scaled[-1] - size * (size + 1) / 2) < 1e-3 and round(scaled[rank]) == call.number:
                 return [round(number) for number in scaled[:-1]]
         raise ValueError(
@@ -262,13 +317,32 @@ class QGenXCompressor:
             "with the same compression on all ranks: Horovod changed the token as none of these would"
         )
 
+    def _check_joined(self, scaled: list[float], token: list[float]) -> None:
+        """Raises ValueError if ranks have called ``hvd.join()``: Horovod then reduces zeros in their places."""
+        joined = [rank for rank, number in enumerate(scaled[:-1]) if number == 0.0]
+        there = len(scaled) - 1 - len(joined)
+        if joined and round(scaled[-1] * there / (there + len(joined))) == sum(
+            rank + 1 for rank in range(len(scaled) - 1) if rank not in joined
+        ):
+            raise ValueError(
+                f"rank {', '.join(map(str, joined))} has called hvd.join(), which has no allgather: for uneven data "
+                "use hvd_qgenx.DistributedOptimizer, whose own join() takes part in the exchanges of the others"
+            )
+
     def _send(self, batch: _Batch, factor: float) -> Arrived:
         """Exchanges all tensors of a step, and decodes them as if all ranks had called in the same order."""
         with self._lock:
             self._open = _Batch((batch.first + len(batch.calls)) % _CALLS)
+        with self._exchange.unbroken():
+            return self._send_whole(batch, factor)
+
+    def _send_whole(self, batch: _Batch, factor: float) -> Arrived:
         exchange = self._exchange
-        fused = exchange.fuse(batch.tensors())
         exchange.settle()
+        if refusal := batch.refusal():
+            exchange.refuse()
+            raise refusal
+        fused = exchange.fuse(batch.tensors())
         exchange.adapt_if_due(fused)
         arrived = exchange.start_allgather(fused, "step", first=batch.first).arrived
         with self._communication.measure("decode"):
@@ -305,19 +379,19 @@ def check_horovod() -> None:
         ) from error
 
 
+def _refusal(tensor: Tensor) -> ValueError | None:
+    """Why a tensor cannot be sent."""
+    try:
+        if check_gradient(tensor).requires_grad:
+            raise ValueError("gradient must not require a gradient itself: rounding has none")
+    except ValueError as error:
+        return error
+    return None
+
+
 def caller() -> FrameType:
     """Who called ``compress``: the innermost frame outside of this package."""
     frame = sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").startswith("hvd_qgenx."):
         frame = frame.f_back
     return frame
-
-
-def is_optimizer(frame: FrameType) -> bool:
-    """Whether ``compress`` was called for a gradient of Horovod's optimizer.
-
-    Horovod gives a gradient the memory of what ``decompress`` returns, so it may take the mean itself: nothing is
-    copied, and views of it see the mean. What ``hvd.allreduce`` is given must stay as it is, and no argument tells
-    the two apart.
-    """
-    return frame.f_globals.get("__name__") == "horovod.torch.optimizer"

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from functools import partial
 
 import horovod.torch as hvd
 import torch
@@ -30,9 +31,12 @@ from hvd_qgenx.exchange import (
     Alone,
     AutomaticExchange,
     CodedExchange,
+    Collected,
     DenseExchange,
     Exchange,
     HierarchicalExchange,
+    Term,
+    fingerprint,
 )
 from hvd_qgenx.extragradient import OptimizerView
 from hvd_qgenx.overlap import PART_BYTES, Overlap
@@ -105,6 +109,10 @@ class DistributedOptimizer(_Materialising):
             the other hosts, and its host takes over the result. Hosts are found by Horovod's local ranks, or given,
             as (host, leaders): the process sets of this rank's host and of the first ranks of all hosts. To be passed
             by all ranks of the job; needs HOROVOD_DYNAMIC_PROCESS_SETS=1 unless given. Not for ``QGenX``.
+        timeout: seconds that this rank waits for others in one operation before it raises, 0 for no limit; None is
+            what HVD_QGENX_TIMEOUT says, or half an hour.
+        check_replicas: after every so many steps ranks compare hashes of all parameters, and raise where they differ,
+            naming the ranks and the first such parameter; 0 never.
 
     Raises:
         ValueError: naming the argument and what is allowed.
@@ -130,6 +138,8 @@ class DistributedOptimizer(_Materialising):
         exchange: str = "auto",
         overlap: bool = False,
         hierarchical: bool | tuple = False,
+        timeout: float | None = None,
+        check_replicas: int = 0,
     ):
         _check_optimizer(optimizer)
         super().__init__(optimizer)
@@ -139,16 +149,21 @@ class DistributedOptimizer(_Materialising):
         check_integer("backward_passes_per_step", backward_passes_per_step, 1)
         check_integer("num_groups", num_groups, 0)
         check_choice("exchange", exchange, EXCHANGES)
+        check_integer("check_replicas", check_replicas, 0)
         _check_predivide(gradient_predivide_factor, op)
+        self.check_replicas = check_replicas
         self.sparse_as_dense = sparse_as_dense
         self._names = _names(self, named_parameters)
         _check_started()
         # What needs every rank's own vector has it whole in one message.
         wants_own = hasattr(optimizer, "squared_difference")
         hosts = _hosts(hierarchical, optimizer, compression, process_set)
-        self._exchange = _make_exchange(
-            compression, process_set, op, gradient_predivide_factor, exchange, wants_own, overlap, hosts
-        )
+        transport = HorovodTransport(process_set, timeout)
+        self._make = partial(
+            _make_exchange,
+            compression, transport, op, gradient_predivide_factor, exchange, wants_own, overlap, hosts,
+        )  # fmt: skip
+        self._exchange, self._epoch = self._make(), transport.epoch
         self._options = f"exchange={exchange}, overlap={overlap}, hierarchical={bool(hierarchical)}"
         self._overlap = Overlap(self._start_part, backward_passes_per_step)
         self._describe()
@@ -212,9 +227,50 @@ class DistributedOptimizer(_Materialising):
         """The step, on the mean gradient. With a closure the whole iteration; returns the first loss."""
         self._begin()
         if closure is not None:
-            return self._closure_step(closure)
-        self._synchronize_unless_done("step")
-        return self.optimizer.step()
+            loss = self._closure_step(closure)
+        else:
+            self._synchronize_unless_done("step")
+            loss = self.optimizer.step()
+        self._compare_replicas()
+        return loss
+
+    def join(self, after_step: Callable[[], object] | None = None) -> None:
+        """To be called by every rank once it has no data left: takes part in the others' exchanges until all have none.
+
+        Means are then those of the ranks that have data, and this rank makes every half-step that the others make, so
+        that replicas stay equal. Another epoch may follow.
+
+        Args:
+            after_step: called after each such step; what the training loop does there beside ``step``, as with a
+                scheduler that counts iterations.
+
+        Raises:
+            RuntimeError: between the half-steps of an iteration.
+            ValueError: under ``hierarchical``.
+        """
+        if self.extrapolated:
+            raise RuntimeError("join() comes between iterations, but parameters are at x_{t+1/2}: call step() first")
+        if isinstance(self._exchange, HierarchicalExchange):
+            raise ValueError("join() is not for hierarchical=True: hosts weigh their sums by all of their ranks")
+        self._begin()
+        while self._exchange.transport.size > 1 and self._follow():
+            if after_step is not None and not self.extrapolated:
+                after_step()
+
+    def _follow(self) -> bool:
+        """A half-step of the ranks that have data; False if there are none."""
+        stage = self._coming_stage
+        if self._extrapolates and not self._two_exchanges:
+            self.optimizer.extrapolation()
+        self.zero_grad()
+        if self._average(stage, has_data=False).all_joined:
+            return False
+        if stage == "extrapolation":
+            self.optimizer.extrapolation()
+        else:
+            self.optimizer.step()
+            self._compare_replicas()
+        return True
 
     def state_dict(self) -> dict:
         """The optimizer's state with this wrapper's (exchange counter, codebook); equal on all ranks, at any moment.
@@ -264,9 +320,28 @@ class DistributedOptimizer(_Materialising):
     def _begin(self) -> None:
         """What precedes a half-step: takes up memory, drops state that only stood in for a broadcast."""
         self._recall()
+        self._follow_ranks()
         if self._placeholder:
             self.state.clear()
             self._placeholder = False
+
+    def _follow_ranks(self) -> None:
+        """Where ranks have been connected anew, takes the kind of exchange that their new number asks for."""
+        epoch = self._exchange.transport.epoch
+        if epoch is self._epoch:
+            return
+        state = self._exchange.state_dict()
+        self._exchange, self._epoch = self._make(self._exchange.communication), epoch
+        self._exchange.load_state_dict(state)
+        self._describe()
+        if hasattr(self.optimizer, "num_ranks"):
+            self.optimizer.num_ranks = self._exchange.transport.size
+
+    def _compare_replicas(self) -> None:
+        """Every ``check_replicas`` steps."""
+        if self.check_replicas and self._exchange.counters[1] % self.check_replicas == 0:
+            parameters = self._parameters()
+            self._exchange.compare_replicas(list(map(fingerprint, parameters)), self._ordered_names)
 
     def _closure_step(self, closure: Callable):
         if not self._extrapolates:
@@ -297,7 +372,7 @@ class DistributedOptimizer(_Materialising):
             self._average(stage)
         self._synchronized = False
 
-    def _average(self, stage: str) -> None:
+    def _average(self, stage: str, has_data: bool = True) -> Collected:
         """Replaces every gradient by the mean (or sum) over ranks: the one place that exchanges."""
         self._begin()
         parameters = self._parameters()
@@ -307,24 +382,30 @@ class DistributedOptimizer(_Materialising):
         # Now, since levels that are fitted below would read the last exchange's vectors wrongly.
         before = self._look_ahead(parameters) if ends_difference else []
         term = (lambda received: _squared_distance(before, received)) if ends_difference else None
+        with self._exchange.unbroken():
+            collected = self._exchange_gradients(parameters, stage, has_data, term)
+            for p, mean in zip(parameters, collected.means, strict=True):
+                _assign(p, mean)
+        if ends_difference:
+            self.optimizer.squared_difference = sum(collected.terms)
+        return collected
+
+    def _exchange_gradients(self, parameters: list[Tensor], stage: str, has_data: bool, term: Term | None) -> Collected:
         starts, keeps = self._starts_iteration(stage), self._keeps(stage)
         self._exchange.settle()
         try:
             fused = self._exchange.fuse([self._gradient(p) for p in parameters])
         except ValueError:
-            self._exchange.refuse(starts, whole=ends_difference or keeps)
+            self._exchange.refuse(starts, whole=term is not None or keeps)
             raise
         self._exchange.adapt_if_due(fused, starts)
-        submitted = self._exchange.submit(fused, stage, term, keeps)
-        collected = self._exchange.collect(submitted, self._ordered_names)
-        for p, mean in zip(parameters, collected.means, strict=True):
-            _assign(p, mean)
-        if ends_difference:
-            self.optimizer.squared_difference = sum(collected.terms)
+        submitted = self._exchange.submit(fused, stage if has_data else "joined", term, keeps)
+        return self._exchange.collect(submitted, self._ordered_names)
 
     def _start_part(self, part: int, gradients: list[Tensor | None]) -> bool:
         """Sends a part during backward; says whether it could."""
         self._recall()
+        self._follow_ranks()
         stage = self._coming_stage
         return self._exchange.start(part, gradients, stage, self._starts_iteration(stage))
 
@@ -394,21 +475,32 @@ def _hosts(hierarchical, optimizer: torch.optim.Optimizer, compression, process_
 
 
 def _make_exchange(
-    compression, process_set, op, predivide: float, plan: str, wants_own: bool, overlap: bool, hosts: Hosts | None
-) -> Exchange:
+    compression, transport: HorovodTransport, op, predivide: float, plan: str, wants_own: bool, overlap: bool,
+    hosts: Hosts | None, communication: Communication | None = None,
+) -> Exchange:  # fmt: skip
     if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
         raise ValueError(f"compression must be one of Compression's or a compressor of Horovod's, got {compression!r}")
-    if getattr(compression, "process_set", None) not in (None, process_set):
+    if getattr(compression, "process_set", None) not in (None, transport.process_set):
         raise ValueError("process_set must be the same for the optimizer and its compression, or be left to the first")
-    transport, operation = HorovodTransport(process_set), _operation(op)
+    operation = _operation(op)
+    if hosts is not None and communication is not None:
+        raise ValueError("hierarchical=True cannot follow ranks that come and go: its process sets are gone with them")
     if transport.size == 1:
-        return Alone(transport, operation)
+        return Alone(transport, operation, communication)
     if wants_own:
         plan = "allgather"  # the one by which every rank learns every other's own vector
     if isinstance(compression, AutoCompressor):
         plans = [plan] if plan != "auto" else list(PLANS) if transport.size > 2 else ["allgather"]
         return AutomaticExchange(
-            DENSE, compression.bits, compression.settings, transport, operation, plans, predivide, wants_own
+            DENSE,
+            compression.bits,
+            compression.settings,
+            transport,
+            operation,
+            plans,
+            predivide,
+            wants_own,
+            communication=communication,
         )
     if isinstance(compression, QGenXCompressor):
         settings = compression.settings
@@ -417,9 +509,9 @@ def _make_exchange(
         if hosts is not None:
             return _make_hierarchical(transport, hosts, settings, operation, fixed)
         if overlap and not wants_own:
-            return AheadExchange(settings, transport, operation, fixed, PART_BYTES)
-        return CodedExchange(settings, transport, operation, plan)
-    return DenseExchange(compression, transport, operation, predivide)
+            return AheadExchange(settings, transport, operation, fixed, PART_BYTES, communication)
+        return CodedExchange(settings, transport, operation, plan, communication=communication)
+    return DenseExchange(compression, transport, operation, predivide, communication)
 
 
 def _make_hierarchical(
