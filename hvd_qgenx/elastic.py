@@ -18,7 +18,7 @@ from typing import Any
 import horovod.torch as hvd
 from horovod.common.elastic import ObjectState
 from horovod.torch.elastic import ElasticSampler, run
-from horovod.torch.elastic.state import SamplerStateHandler, StateHandler
+from horovod.torch.elastic.state import StateHandler
 
 __all__ = ["State", "run"]
 
@@ -57,7 +57,7 @@ class State(ObjectState):
     """
 
     def __init__(self, **values: Any):
-        self._handlers = {name: _handler(value) for name, value in values.items() if _has_state(value)}
+        self._handlers = {name: Handler(value) for name, value in values.items() if _has_state(value)}
         for name, handler in self._handlers.items():
             super().__setattr__(name, handler.value)
         plain = {name: value for name, value in values.items() if name not in self._handlers}
@@ -81,6 +81,12 @@ class State(ObjectState):
             handler.sync()
         super().sync()
 
+    def reset(self) -> None:
+        """Called after ranks have changed: samplers divide what is left among those that are there."""
+        for handler in self._handlers.values():
+            if isinstance(handler.value, ElasticSampler):
+                handler.value.reset()
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_handlers", ()):
             self._handlers[name].set_value(value)
@@ -89,7 +95,3 @@ class State(ObjectState):
 
 def _has_state(value: object) -> bool:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
-
-
-def _handler(value: Any) -> StateHandler:
-    return SamplerStateHandler(value) if isinstance(value, ElasticSampler) else Handler(value)

@@ -79,6 +79,19 @@ class _Handle(Pending):
         return result[0] if isinstance(result, tuple) else result  # alltoall adds the lengths
 
 
+class _Failed(Pending):
+    """An operation that could not even be started."""
+
+    def __init__(self, error: LostError):
+        self.error = error
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> Tensor:
+        raise self.error
+
+
 def _epoch() -> object:
     """Horovod's table of handles: ``init`` makes another one, also where size and rank stay what they were."""
     return mpi_ops._handle_map
@@ -156,7 +169,10 @@ class HorovodTransport(Transport):
         if left is not None and left.epoch is _epoch():
             # Somebody interrupted the exchange that started it; the other ranks may not have come to it yet.
             Watched(left, self, lambda: f"an interrupted operation named {name}").wait()
-        _UNDER_WAY[key] = handle = _Handle(begin(), key)
+        try:
+            _UNDER_WAY[key] = handle = _Handle(begin(), key)
+        except HorovodInternalError as error:  # some rank has ended the job already
+            return _Failed(HorovodLostError(str(error)))
         return handle
 
 
