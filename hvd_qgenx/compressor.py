@@ -309,7 +309,7 @@ class QGenXCompressor:
         size, rank = self._ranks(call.batch)
         if len(token) == 2 + size and token[0] != 0.0 and all(map(math.isfinite, token)):
             scaled = [entry * size / token[0] for entry in token[1:]]
-            self._check_joined(scaled, token)
+            self._check_joined(token, call)
             if abs(scaled[-1] - size * (size + 1) / 2) < 1e-3 and round(scaled[rank]) == call.number:
                 return [round(number) for number in scaled[:-1]]
         raise ValueError(
@@ -317,13 +317,14 @@ class QGenXCompressor:
             "with the same compression on all ranks: Horovod changed the token as none of these would"
         )
 
-    def _check_joined(self, scaled: list[float], token: list[float]) -> None:
+    def _check_joined(self, token: list[float], call: _Call) -> None:
         """Raises ValueError if ranks have called ``hvd.join()``: Horovod then reduces zeros in their places."""
-        joined = [rank for rank, number in enumerate(scaled[:-1]) if number == 0.0]
-        there = len(scaled) - 1 - len(joined)
-        if joined and round(scaled[-1] * there / (there + len(joined))) == sum(
-            rank + 1 for rank in range(len(scaled) - 1) if rank not in joined
-        ):
+        size, rank = self._ranks(call.batch)
+        there = [other for other in range(size) if token[1 + other] != 0.0]
+        joined = [other for other in range(size) if other not in there]
+        numbers = [entry * len(there) / token[0] for entry in token[1:]]
+        is_linear = round(numbers[rank]) == call.number and round(numbers[-1]) == sum(there) + len(there)
+        if joined and is_linear:
             raise ValueError(
                 f"rank {', '.join(map(str, joined))} has called hvd.join(), which has no allgather: for uneven data "
                 "use hvd_qgenx.DistributedOptimizer, whose own join() takes part in the exchanges of the others"

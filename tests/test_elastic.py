@@ -30,7 +30,19 @@ class Job:
         script = folder / "discover.sh"
         script.write_text(f"#!/bin/sh\ncat {folder}/hosts\n")
         script.chmod(0o755)
-        command = ["horovodrun", "-np", "1", "--min-np", "1", "--max-np", "3", "--host-discovery-script", str(script)]
+        command = [
+            "horovodrun",
+            "-np",
+            "1",
+            "--network-interfaces",
+            "lo",
+            "--min-np",
+            "1",
+            "--max-np",
+            "3",
+            "--host-discovery-script",
+            str(script),
+        ]
         self.output = (folder / "output").open("w")
         self.process = subprocess.Popen(
             [*command, sys.executable, str(JOB), str(folder), kind],
