@@ -97,6 +97,8 @@ def rows_of(transport, meter, numel: int, link: str, choices: int, rounds: int) 
     ways = candidates(transport.size, numel)
     ways += [way for way in dict.fromkeys(way for _, way, _ in chosen) if way not in ways]
     times = time_all(transport, meter, numel, ways, rounds)
+    if transport.rank == 0:
+        print(*(f"{name_of(way)} in {way[3]}: {1e3 * t:.4g} ms" for way, t in times.items()), sep="\n", flush=True)
     return [row_of(transport.size, numel, link, name, way, seconds, times) for name, way, seconds in chosen]
 
 
@@ -120,7 +122,8 @@ def table() -> str:
              "over_best")  # fmt: skip
     lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * len(names) + "|"]
     with open(RESULTS) as file:
-        return "\n".join(lines + ["| " + " | ".join(row[name] for name in names) + " |" for row in csv.DictReader(file)])
+        lines += ["| " + " | ".join(row[name] for name in names) + " |" for row in csv.DictReader(file)]
+    return "\n".join(lines)
 
 
 def main() -> None:

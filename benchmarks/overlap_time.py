@@ -99,7 +99,7 @@ def measure(link: str, rounds: int) -> dict:
 def table() -> str:
     with open(RESULTS) as file:
         rows = list(csv.DictReader(file))
-    lines = ["| link | ranks | coordinates | backward, ms | exchange, ms | iteration without, ms | with | with / without |"]
+    lines = ["| link | ranks | coordinates | backward, ms | exchange, ms | without, ms | with, ms | with / without |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     names = ("link", "ranks", "coordinates", "backward_ms", "exchange_ms", "without_ms", "with_ms", "with_over_without")
     return "\n".join(lines + ["| " + " | ".join(row[name] for name in names) + " |" for row in rows])

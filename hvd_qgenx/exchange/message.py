@@ -165,7 +165,7 @@ class Messenger:
 
     def start(self, message: Tensor, part: int = 0, phase: int = 0) -> Pending:
         """Starts an allgather of a sealed message."""
-        pending = self.transport.allgather(self.communication.count(message, phase), self._name(part, phase))
+        pending = self.transport.allgather(self.communication.count(message, phase), self._name(part, phase), part)
         return self.watch(pending, lambda: self._exchange_of(message))
 
     def start_alltoall(self, messages: Tensor, lengths: Sequence[int], part: int) -> Pending:

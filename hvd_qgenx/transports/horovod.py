@@ -18,6 +18,10 @@ from hvd_qgenx.transports import Board, LostError, Patience, Pending, Transport
 from hvd_qgenx.transports.hosts import Place, check_hosts, group
 from hvd_qgenx.transports.waiting import Watched, seconds
 
+#: Horovod copies operations of one dtype that wait at the same time into one, which ends when its last byte is there;
+#: parts could then not be decoded one by one. Bytes of different lanes travel as words of different types.
+_LANES = (torch.uint8, torch.int64, torch.int32, torch.int16, torch.int8)
+
 
 def start() -> int:
     """Connects this process with the others, unless it is; returns its rank among all."""
@@ -60,8 +64,8 @@ def launcher_board() -> LauncherBoard | None:
 class _Handle(Pending):
     """A handle of Horovod's; its own wait spins, and takes the core that a slower rank needs to arrive."""
 
-    def __init__(self, handle: int, key: tuple[int, str]):
-        self.handle, self.key, self.epoch = handle, key, _epoch()
+    def __init__(self, handle: int, key: tuple[int, str], dtype: torch.dtype | None = None):
+        self.handle, self.key, self.dtype, self.epoch = handle, key, dtype, _epoch()
 
     def done(self) -> bool:
         # A handle of ranks that have parted says nothing any more.
@@ -76,7 +80,8 @@ class _Handle(Pending):
             raise HorovodLostError(str(error)) from error
         finally:
             _UNDER_WAY.pop(self.key, None)
-        return result[0] if isinstance(result, tuple) else result  # alltoall adds the lengths
+        result = result[0] if isinstance(result, tuple) else result  # alltoall adds the lengths
+        return result if self.dtype is None else result.view(self.dtype)
 
 
 class _Failed(Pending):
@@ -144,8 +149,11 @@ class HorovodTransport(Transport):
         if not hvd.is_initialized():
             raise RuntimeError("Horovod is not initialized: call horovod.torch.init() first")
 
-    def allgather(self, message: Tensor, name: str) -> Pending:
-        return self._start(name, lambda: hvd.allgather_async(message, name=name, process_set=self.process_set))
+    def allgather(self, message: Tensor, name: str, lane: int = 0) -> Pending:
+        words = message.view(_LANES[lane % len(_LANES)])
+        return self._start(
+            name, lambda: hvd.allgather_async(words, name=name, process_set=self.process_set), torch.uint8
+        )
 
     def alltoall(self, messages: Tensor, splits: Tensor, name: str) -> Pending:
         return self._start(name, lambda: hvd.alltoall_async(messages, splits, name=name, process_set=self.process_set))
@@ -163,14 +171,14 @@ class HorovodTransport(Transport):
             ),
         )
 
-    def _start(self, name: str, begin: Callable[[], int]) -> Pending:
+    def _start(self, name: str, begin: Callable[[], int], dtype: torch.dtype | None = None) -> Pending:
         key = self.process_set.process_set_id, name
         left = _UNDER_WAY.pop(key, None)
         if left is not None and left.epoch is _epoch():
             # Somebody interrupted the exchange that started it; the other ranks may not have come to it yet.
             Watched(left, self, lambda: f"an interrupted operation named {name}").wait()
         try:
-            _UNDER_WAY[key] = handle = _Handle(begin(), key)
+            _UNDER_WAY[key] = handle = _Handle(begin(), key, dtype)
         except HorovodInternalError as error:  # some rank has ended the job already
             return _Failed(HorovodLostError(str(error)))
         return handle
