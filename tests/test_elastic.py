@@ -3,6 +3,7 @@
 One machine has several names, each of which Horovod takes for a host.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -84,10 +85,8 @@ def start(tmp_path):
         job.process.kill()
         job.output.close()
         for pid in {line["pid"] for line in job.lines()}:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
 
 @pytest.mark.parametrize("kind", ["extra_adam", "none", "dual", "drop-in"])

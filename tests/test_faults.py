@@ -1,5 +1,6 @@
 """What the other ranks are told when one of three is killed, fails, leaves, is stopped or does not come."""
 
+import contextlib
 import json
 import os
 import signal
@@ -33,10 +34,8 @@ def run(folder: Path, fault: str) -> tuple[dict[int, dict], str]:
 
 
 def _end(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 @pytest.mark.parametrize("fault", ["killed", "raises", "leaves"])

@@ -28,14 +28,13 @@ def seconds(name: str, value: float | None) -> float:
     Raises:
         ValueError: naming the argument, or the variable, and what is allowed.
     """
-    if value is None:
-        name, value = VARIABLE, os.environ.get(VARIABLE, Patience.timeout)
+    name, given = (VARIABLE, os.environ.get(VARIABLE, Patience.timeout)) if value is None else (name, value)
     try:
-        number = float(value)
+        number = -1.0 if isinstance(given, bool) else float(given)
     except (TypeError, ValueError):
         number = -1.0
-    if not 0 <= number < float("inf") or isinstance(value, bool):
-        raise ValueError(f"{name} must be a number of seconds, 0 for no limit, got {value!r}")
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{name} must be a number of seconds, 0 for no limit, got {given!r}")
     return number
 
 

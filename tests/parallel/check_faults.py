@@ -47,7 +47,7 @@ def iterate(model, optimizer):
 @pytest.mark.parametrize("exchange", ["allgather", "two_phase"])
 @pytest.mark.parametrize("compression", ["none", "qgenx"])
 def test_a_mean_is_over_the_ranks_that_have_data(exchange, compression):
-    """Gradients of ones times the rank's number, which 8 bits hold exactly: every coordinate is the bucket's largest."""
+    """Gradients of one power of two each, which 8 bits hold exactly: every coordinate is its bucket's largest."""
     kind = Compression.none if compression == "none" else Compression.qgenx(**FINE)
     p = torch.nn.Parameter(torch.zeros(3000))
     optimizer = hvd_qgenx.DistributedOptimizer(torch.optim.SGD([p], lr=1.0), compression=kind, exchange=exchange)
