@@ -134,10 +134,10 @@ class Exchange(ABC):
 
     def _resume(self) -> None:
         """After an interrupted exchange: all ranks were interrupted and repeat it, or all of them raise."""
+        self._interrupted = False  # it is told once; ranks that have parted have other counters
         self.messenger.drain()
         nothing = torch.zeros(0, dtype=torch.uint8, device="cpu")
         self.messenger.gather(self.envelope("interrupted"), nothing)
-        self._interrupted = False
 
     def adapt_if_due(self, fused: Fused, starts_iteration: bool = True) -> None:
         """Counts an iteration that starts here; where levels adapt, all ranks may then fit new ones."""

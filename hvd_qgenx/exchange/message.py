@@ -119,7 +119,7 @@ def compare(envelopes: Sequence[Envelope], ranks: int) -> None:
     """Raises DisagreementError unless so many ranks are at the same exchange."""
     if len(envelopes) != ranks:
         raise DisagreementError(f"{len(envelopes)} messages arrived, from {ranks} ranks")
-    _check_interrupted(envelopes, range(ranks))
+    compare_interrupted(envelopes, range(ranks))
     first = next((envelope for envelope in envelopes if envelope.stage != "joined"), envelopes[0])
     for rank, other in enumerate(envelopes):
         if other.number != first.number:
@@ -136,14 +136,17 @@ def compare(envelopes: Sequence[Envelope], ranks: int) -> None:
             )
 
 
-def _check_interrupted(envelopes: Sequence[Envelope], ranks: Sequence[int]) -> None:
+def compare_interrupted(envelopes: Sequence[Envelope], ranks: Sequence[int]) -> None:
     """Raises DisagreementError if some ranks, but not all, were interrupted in an exchange and come back to it."""
     interrupted = [rank for rank, one in zip(ranks, envelopes, strict=True) if one.stage == "interrupted"]
-    if interrupted and len(interrupted) < len(ranks):
-        raise DisagreementError(
-            f"rank {', '.join(map(str, interrupted))} was interrupted in an exchange that the others have made: their "
-            "parameters may differ now, so load one state on all ranks, or start again"
-        )
+    if not interrupted or len(interrupted) == len(ranks):
+        return
+    who = f"rank {', '.join(map(str, interrupted))} was interrupted in an exchange"
+    if len({envelope.step for envelope in envelopes}) == 1:
+        raise DisagreementError(f"{who} that no rank has made: it can be repeated, on all ranks")
+    raise DisagreementError(
+        f"{who} that the others have made: parameters may differ now, so load one state on all ranks, or start again"
+    )
 
 
 def _go_together(first: str, other: str) -> bool:
@@ -207,11 +210,15 @@ class Messenger:
         return f"{envelope} of optimizer {self.communication.number}"
 
     def drain(self) -> None:
-        """Waits for what an interrupted exchange has left under way, and drops it."""
-        while self._under_way:
-            left = self._under_way.pop()
-            if not left.taken:
-                left.wait()
+        """Waits for what an interrupted exchange has left under way, and drops it.
+
+        Raises:
+            DisagreementError: if what arrived says that a rank came back to that exchange before it had sent its part.
+        """
+        left, self._under_way = [one for one in self._under_way if not one.taken], []
+        for result in [one.wait() for one in left]:
+            if result.dtype == torch.uint8:
+                compare_interrupted(split(result)[0], range(self.transport.size))
 
     def finish(self, pending: Pending) -> tuple[list[Envelope], list[Tensor]]:
         """All ranks' envelopes and bodies. Raises DisagreementError if they are not at the same exchange."""

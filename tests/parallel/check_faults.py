@@ -228,29 +228,53 @@ def interrupted(action, seconds=0.3):
     return False
 
 
-@pytest.mark.parametrize("compression", ["none", "qgenx", "adapting", "first"])
-def test_an_exchange_that_was_interrupted_on_all_ranks_is_repeated(compression):
-    """Rank 0 comes late, and is interrupted while it computes; the others while they wait."""
-    kind = {"none": Compression.none, "adapting": Compression.qgenx(bits=4, adapt_at=(0, 1))}
+KINDS = {"none": Compression.none, "qgenx": Compression.qgenx(**FINE), "adapts": Compression.qgenx(adapt_at=(0, 1))}
+
+
+@pytest.mark.parametrize("compression", KINDS)
+def test_an_exchange_that_some_wait_for_and_that_one_was_kept_from_is_told_to_all_and_can_be_repeated(compression):
     model = network()
-    optimizer = wrapped(model, compression=kind.get(compression))
-    if compression != "first":
-        iterate(model, optimizer)
+    optimizer = wrapped(model, compression=KINDS[compression])
+    iterate(model, optimizer)
+    before = optimizer._exchange.counters
     optimizer.zero_grad()
     loss(model).backward()
 
-    def late_step():
-        if RANK == 0:
-            time.sleep(0.1)
-            optimizer._exchange._interrupted = True  # as if it had been in the middle of it
-            raise Alarm
-        optimizer.step()
+    def keep_from(*_):
+        raise Alarm
 
-    assert interrupted(late_step)
-    before = optimizer._exchange.counters
+    if RANK == 0:
+        settle, optimizer._exchange.settle = optimizer._exchange.settle, keep_from
+        with pytest.raises(Alarm):
+            optimizer.step()
+        optimizer._exchange.settle = settle
+    else:
+        assert interrupted(optimizer.step)
+    message = message_on_all_ranks(DisagreementError, lambda: iterate(model, optimizer))
+    assert message == "rank 0 was interrupted in an exchange that no rank has made: it can be repeated, on all ranks"
     iterate(model, optimizer)
     assert optimizer._exchange.counters == (before[0] + 1, before[1] + 1)
+    assert same_on_all_ranks(model.parameters())
+
+
+@pytest.mark.parametrize("compression", KINDS)
+def test_an_exchange_that_was_interrupted_on_all_ranks_once_all_had_sent_is_repeated(compression, monkeypatch):
+    model = network()
+    optimizer = wrapped(model, compression=KINDS[compression])
     iterate(model, optimizer)
+    before = optimizer._exchange.counters
+    optimizer.zero_grad()
+    loss(model).backward()
+
+    def late(*_):
+        raise Alarm
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optimizer._exchange, "collect", late)
+        with pytest.raises(Alarm):
+            optimizer.step()
+    iterate(model, optimizer)
+    assert optimizer._exchange.counters == (before[0] + 1, before[1] + 1)
     assert same_on_all_ranks(model.parameters())
 
 
