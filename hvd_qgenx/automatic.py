@@ -18,12 +18,12 @@ from hvd_qgenx.compressor import (
     QGenXCompressor,
     caller,
     check_horovod,
-    is_optimizer,
 )
 from hvd_qgenx.exchange.automatic import AutomaticExchange
 from hvd_qgenx.exchange.coded import CodedExchange
 from hvd_qgenx.identity import identify
 from hvd_qgenx.levels import num_positive
+from hvd_qgenx.stock import is_optimizer
 
 DENSE = {"none": NoneCompressor, "fp16": FP16Compressor}
 
@@ -62,6 +62,7 @@ class AutoCompressor:
     def _start_over(self) -> None:
         self._made: AutomaticExchange | None = None
         self._chosen: Any = None
+        self._epoch: object = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict:
@@ -110,6 +111,7 @@ class AutoCompressor:
     def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """What the chosen compressor makes of ``tensor``; the first call on each rank meets those of the others."""
         with self._lock:
+            self._follow_ranks()
             if self._chosen is None:
                 self._chosen = self._choose(tensor)
         compressed, context = self._chosen.compress(tensor)
@@ -124,6 +126,14 @@ class AutoCompressor:
             return tensor
         chosen, context = ctx
         return chosen.decompress(tensor, context)
+
+    def _follow_ranks(self) -> None:
+        """Other ranks choose anew."""
+        epoch = self._exchange.transport.epoch
+        if self._epoch is not epoch:
+            if self._epoch is not None:
+                self.load_state_dict(self.state_dict())
+            self._epoch = epoch
 
     def _choose(self, tensor: Tensor) -> Any:
         exchange = self._exchange

@@ -27,7 +27,9 @@ from hvd_qgenx.exchange.coded import CodedExchange
 from hvd_qgenx.gradients import as_real, is_expanded
 from hvd_qgenx.identity import identify
 from hvd_qgenx.levels import Levels
-from hvd_qgenx.token import CALLS, Tokens, numbers_of
+from hvd_qgenx.stock import describe, is_optimizer, optimizer_of, postpone
+from hvd_qgenx.token import CALLS, Tokens, joined_of, numbers_of
+from hvd_qgenx.transports import LostError
 
 
 class NoneCompressor:
@@ -77,6 +79,8 @@ class _Batch:
         self.caller: CodeType | None = None
         self.origin: CodeType | None = None
         self.is_gradient = False
+        #: Why nothing came of them.
+        self.failure: Exception | None = None
 
     def add(self, tensor: Tensor, real: Tensor) -> _Call:
         call = _Call(self, len(self.calls), tensor, real)
@@ -86,6 +90,10 @@ class _Batch:
     def tensors(self) -> list[Tensor | None]:
         """Of all calls, in their order, real numbers; None for one that was given up."""
         return [None if (call := kept()) is None else call.real for kept in self.calls]
+
+    def refusal(self) -> ValueError | None:
+        """Why this rank cannot send what was kept."""
+        return next((call.refusal for kept in self.calls if (call := kept()) is not None and call.refusal), None)
 
     def targets(self) -> list[Tensor]:
         """Where the mean of each call's tensor goes, contiguous float32."""
@@ -101,7 +109,9 @@ class _Batch:
 class _Call:
     """What ``compress`` gives Horovod to hand to ``decompress``: a tensor, and its place among those of its step."""
 
-    __slots__ = ("__weakref__", "_target", "batch", "broken", "index", "is_gradient", "number", "real", "tensor")
+    __slots__ = (
+        "__weakref__", "_target", "batch", "broken", "index", "is_gradient", "number", "real", "refusal", "tensor",
+    )  # fmt: skip
 
     def __init__(self, batch: _Batch, index: int, tensor: Tensor, real: Tensor):
         self.batch, self.index, self.tensor, self.is_gradient = batch, index, tensor, batch.is_gradient
@@ -110,6 +120,8 @@ class _Call:
         #: The same memory as numbers that can be coded: of a complex one, real and imaginary part.
         self.real = real
         self.broken = False
+        #: Why this tensor cannot be sent.
+        self.refusal: ValueError | None = None
         is_own = self.is_gradient and real.dtype is torch.float32 and real.is_cpu and real.is_contiguous()
         self._target = real if is_own else None
 
@@ -159,6 +171,8 @@ class QGenXCompressor:
     def _start_over(self) -> None:
         self._open = _Batch(0)
         self._tokens: Tokens | None = None
+        self._epoch: object = None
+        self._described: weakref.ref | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict:
@@ -248,6 +262,7 @@ class QGenXCompressor:
         words = ["compressor", str(exchange.transport.members), *([self.name] if self.name else shapes)]
         number, line = identify(self, words, f"the compressor {self.name!r}" if self.name else "a compressor")
         exchange.identify(number)
+        self._line = line
         exchange.describe([line], [], [])
 
     @property
@@ -258,23 +273,45 @@ class QGenXCompressor:
     def compress(self, tensor: Tensor):
         """Keeps ``tensor`` for the next exchange. Returns the token that Horovod reduces, and a context."""
         with self._lock:
-            batch = self._open
-            if batch.caller is not sys._getframe(1).f_code:
-                self._meet(batch)
+            if self._open.caller is not sys._getframe(1).f_code:
+                self._meet()
             real = as_real(tensor)
-            if check_gradient(real).requires_grad:
-                raise ValueError("gradient must not require a gradient itself: rounding has none")
-            call = batch.add(tensor, real)
+            refusal = _refusal(real)
+            if refusal and not self._open.is_gradient:
+                raise refusal
+            call = self._open.add(tensor, real)
+            call.refusal = refusal
             assert self._tokens is not None
             token = self._tokens.take(call.number)
         return self._communication.count(token), call
 
     def decompress(self, token: Tensor, ctx: _Call | None):
-        """The mean over ranks of the tensor that ``ctx`` stands for, times the factor that Horovod applied."""
+        """The mean over ranks of the tensor that ``ctx`` stands for, times the factor that Horovod applied.
+
+        Raises:
+            DisagreementError, PayloadError, FloatingPointError, ValueError: as an exchange does; where Horovod's
+                optimizer calls, its ``step`` raises, and the gradient is NaN until then.
+        """
         if ctx is None:  # a sparse gradient, which Horovod sends by itself
             return token
-        entries = token.tolist()
-        numbers, batch = self._numbers(entries, ctx), ctx.batch
+        try:
+            return self._decompress(token, ctx)
+        except LostError:  # nothing can be repeated with these ranks
+            raise
+        except Exception as error:
+            optimizer = optimizer_of(caller())
+            if optimizer is None:
+                raise
+            if ctx.batch.failure is not error:
+                ctx.batch.failure = ctx.batch.failure or error
+                postpone(error, optimizer)
+            return torch.full_like(ctx.tensor, torch.nan) if ctx.refusal is None else ctx.tensor
+
+    def _decompress(self, token: Tensor, ctx: _Call) -> Tensor:
+        batch, entries = ctx.batch, token.tolist()
+        if batch.failure:
+            raise batch.failure
+        numbers = self._numbers(entries, ctx)
         if batch.arrived is None:
             batch.take(self._send(batch, entries[0]))
         # The rule: all ranks called in the same order. Where not, tokens tell.
@@ -292,9 +329,12 @@ class QGenXCompressor:
         """Where each rank put a tensor."""
         return [(number - 1 - first) % CALLS for number, first in zip(numbers, batch.firsts, strict=True)]
 
-    def _meet(self, batch: _Batch) -> None:
-        """Looks once a step at who calls, and among how many ranks."""
+    def _meet(self) -> None:
+        """Looks once a step at who calls, and among how many ranks; ranks that have not yet, agree."""
         frame, direct = caller(), sys._getframe(2)
+        if self._epoch is not (epoch := self._exchange.transport.epoch):
+            self._epoch, self._open = epoch, _Batch(self._open.first)
+        batch = self._open
         # Who calls through another of our compressors may be somebody else the next time.
         batch.caller = None if direct.f_globals.get("__name__", "").startswith("hvd_qgenx.") else direct.f_code
         if batch.origin is frame.f_code:
@@ -307,6 +347,20 @@ class QGenXCompressor:
         if self._tokens is None or (self._tokens.size, self._tokens.rank) != batch.ranks:
             self._tokens = Tokens(*batch.ranks)
         batch.origin, batch.is_gradient = frame.f_code, is_optimizer(frame)
+        if not batch.calls and transport.size > 1:
+            self._agree(optimizer_of(frame))
+
+    def _agree(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Before the first token of an optimizer, and where ranks have changed, they compare what they will send.
+
+        Otherwise a rank with more parameters than the others would wait for tokens that never come.
+        """
+        if optimizer is not None and (self._described is None or self._described() is not optimizer):
+            lines, dtypes, sizes = describe(optimizer)
+            self._exchange.describe([self._line, *lines], dtypes, sizes)
+            self._described = weakref.ref(optimizer)
+        with self._exchange.unbroken():
+            self._exchange.settle()
 
     def _numbers(self, entries: list[float], call: _Call) -> list[int]:
         """For every rank, the number under which it kept the tensor that this token belongs to."""
@@ -314,19 +368,39 @@ class QGenXCompressor:
         size, rank = call.batch.ranks
         numbers = numbers_of(entries, rank, call.number) if len(entries) == 2 + size else None
         if numbers is None:
+            self._check_joined(entries, call)
             raise ValueError(
                 "Compression.qgenx got its token back changed as neither hvd.Average nor hvd.Sum would: op must be one "
                 "of them, in an allreduce over the compressor's process_set with the same compression on all ranks"
             )
         return numbers
 
+    def _check_joined(self, entries: list[float], call: _Call) -> None:
+        """Raises ValueError if ranks have called ``hvd.join()``."""
+        assert call.batch.ranks is not None
+        size, rank = call.batch.ranks
+        if len(entries) == 2 + size and (joined := joined_of(entries, rank, call.number)):
+            members = self._exchange.transport.members
+            raise ValueError(
+                f"rank {', '.join(str(members[other]) for other in joined)} has called hvd.join(), which has no "
+                "allgather: for uneven data use hvd_qgenx.DistributedOptimizer, whose own join() takes part in the "
+                "exchanges of the others"
+            )
+
     def _send(self, batch: _Batch, factor: float) -> Arrived:
         """Exchanges all tensors of a step, and decodes them as if all ranks had called in the same order."""
         with self._lock:
             self._open = _Batch((batch.first + len(batch.calls)) % CALLS)
+        with self._exchange.unbroken():
+            return self._send_whole(batch, factor)
+
+    def _send_whole(self, batch: _Batch, factor: float) -> Arrived:
         exchange = self._exchange
-        fused = exchange.fuse(batch.tensors())
         exchange.settle()
+        if refusal := batch.refusal():
+            exchange.refuse()
+            raise refusal
+        fused = exchange.fuse(batch.tensors())
         exchange.adapt_if_due(fused)
         arrived = exchange.start_allgather(fused, "step", first=batch.first).arrived
         with self._communication.measure("decode"):
@@ -363,6 +437,16 @@ def check_horovod() -> None:
         ) from error
 
 
+def _refusal(tensor: Tensor) -> ValueError | None:
+    """Why a tensor cannot be sent."""
+    try:
+        if check_gradient(tensor).requires_grad:
+            raise ValueError("gradient must not require a gradient itself: rounding has none")
+    except ValueError as error:
+        return error
+    return None
+
+
 def caller() -> FrameType:
     """Who called ``compress``: the innermost frame outside of this package that is no comprehension."""
     frame = sys._getframe(1)
@@ -371,16 +455,6 @@ def caller() -> FrameType:
     ):
         frame = frame.f_back
     return frame
-
-
-def is_optimizer(frame: FrameType) -> bool:
-    """Whether ``compress`` was called for a gradient of Horovod's optimizer.
-
-    Horovod gives a gradient the memory of what ``decompress`` returns, so it may take the mean itself: nothing is
-    copied, and views of it see the mean. What ``hvd.allreduce`` is given must stay as it is, and no argument tells
-    the two apart.
-    """
-    return frame.f_globals.get("__name__") == "horovod.torch.optimizer"
 
 
 def check_call(frame: FrameType, transport: Any) -> None:

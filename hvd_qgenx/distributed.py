@@ -24,6 +24,7 @@ from hvd_qgenx.checks import (
     check_process_set,
     check_type,
 )
+from hvd_qgenx.communication import Communication
 from hvd_qgenx.compression import Compression
 from hvd_qgenx.compressor import NoneCompressor, QGenXCompressor
 from hvd_qgenx.exchange import (
@@ -32,9 +33,12 @@ from hvd_qgenx.exchange import (
     Alone,
     AutomaticExchange,
     CodedExchange,
+    Collected,
     DenseExchange,
     Exchange,
     HierarchicalExchange,
+    Term,
+    fingerprint,
 )
 from hvd_qgenx.extragradient import OptimizerView, check_no_stock
 from hvd_qgenx.gradients import as_real, assign, real_type
@@ -113,6 +117,10 @@ class DistributedOptimizer(_Materialising):
             as (host, leaders): the process sets of this rank's host and of the first ranks of all hosts. To be passed
             by all ranks of the job; needs HOROVOD_DYNAMIC_PROCESS_SETS=1 unless given. Not for ``QGenX``.
         name: by which ranks know this optimizer, instead of by its parameters' names and shapes.
+        timeout: seconds that this rank waits for others in one operation before it raises, 0 for no limit; None is
+            what HVD_QGENX_TIMEOUT says, or half an hour.
+        check_replicas: after every so many steps ranks compare hashes of all parameters, and raise where they differ,
+            naming the ranks and the first such parameter; 0 never.
 
     Raises:
         ValueError: naming the argument and what is allowed.
@@ -139,6 +147,8 @@ class DistributedOptimizer(_Materialising):
         overlap: bool = False,
         hierarchical: bool | tuple = False,
         name: str | None = None,
+        timeout: float | None = None,
+        check_replicas: int = 0,
     ):
         check_no_stock(self)
         _check_optimizer(optimizer)
@@ -149,13 +159,14 @@ class DistributedOptimizer(_Materialising):
         check_integer("backward_passes_per_step", backward_passes_per_step, 1)
         check_integer("num_groups", num_groups, 0)
         check_choice("exchange", exchange, EXCHANGES)
+        check_integer("check_replicas", check_replicas, 0)
         _check_predivide(gradient_predivide_factor, op)
-        self.sparse_as_dense, self.name = sparse_as_dense, check_name(name)
+        self.sparse_as_dense, self.name, self.check_replicas = sparse_as_dense, check_name(name), check_replicas
         self._names = _names(self, named_parameters)
         self._passes = backward_passes_per_step
         # By no object, so that a copy means all ranks wherever it is made.
         ranks = None if process_set is hvd.global_process_set else process_set
-        self._how = _How(compression, ranks, op, gradient_predivide_factor, exchange, overlap, hierarchical)
+        self._how = _How(compression, ranks, op, gradient_predivide_factor, exchange, overlap, hierarchical, timeout)
         self._inherited: dict | None = None
         self._start_over()
         self._connect()
@@ -169,7 +180,7 @@ class DistributedOptimizer(_Materialising):
     def __getstate__(self) -> dict:
         """All that a copy takes along; it connects with other ranks when it first needs them."""
         state = self._made.state_dict() if self._made else self._inherited
-        kept = {key: getattr(self, key) for key in ("sparse_as_dense", "name", "_passes", "_how")}
+        kept = {key: getattr(self, key) for key in ("sparse_as_dense", "name", "check_replicas", "_passes", "_how")}
         names = list(self._names.items())
         return {**super().__getstate__(), **kept, "_names": names, "_inherited": state, "_stood_in": self._placeholder}
 
@@ -180,10 +191,11 @@ class DistributedOptimizer(_Materialising):
             self._start_over()
             self._placeholder = vars(self).pop("_stood_in")
 
-    def _connect(self) -> None:
+    def _connect(self, communication: Communication | None = None) -> None:
         """Makes the exchange, by which this optimizer meets those of other ranks."""
         _check_started()
-        self._made = self._how.make(self.optimizer)
+        self._made = self._how.make(self.optimizer, communication)
+        self._epoch = self._made.transport.epoch
         self._overlap = Overlap(self._start_part, self._passes)
         self._describe()
         if self._inherited:
@@ -261,9 +273,50 @@ class DistributedOptimizer(_Materialising):
     def _step(self, closure: Callable | None = None):
         self._begin()
         if closure is not None:
-            return self._closure_step(closure)
-        self._synchronize_unless_done("step")
-        return self.optimizer.step()
+            loss = self._closure_step(closure)
+        else:
+            self._synchronize_unless_done("step")
+            loss = self.optimizer.step()
+        self._compare_replicas()
+        return loss
+
+    def join(self, after_step: Callable[[], object] | None = None) -> None:
+        """To be called by every rank once it has no data left: takes part in the others' exchanges until all have none.
+
+        Means are then those of the ranks that have data, and this rank makes every half-step that the others make, so
+        that replicas stay equal. Another epoch may follow.
+
+        Args:
+            after_step: called after each such step; what the training loop does there beside ``step``, as with a
+                scheduler that counts iterations.
+
+        Raises:
+            RuntimeError: between the half-steps of an iteration.
+            ValueError: under ``hierarchical``.
+        """
+        if self.extrapolated:
+            raise RuntimeError("join() comes between iterations, but parameters are at x_{t+1/2}: call step() first")
+        if isinstance(self._exchange, HierarchicalExchange):
+            raise ValueError("join() is not for hierarchical=True: hosts weigh their sums by all of their ranks")
+        self._begin()
+        while self._exchange.transport.size > 1 and self._take_part():
+            if after_step is not None and not self.extrapolated:
+                after_step()
+
+    def _take_part(self) -> bool:
+        """A half-step of the ranks that have data; False if there are none."""
+        stage = self._coming_stage
+        if self._extrapolates and not self._two_exchanges:
+            self.optimizer.extrapolation()
+        self.zero_grad()
+        if self._average(stage, has_data=False).all_joined:
+            return False
+        if stage == "extrapolation":
+            self.optimizer.extrapolation()
+        else:
+            self.optimizer.step()
+            self._compare_replicas()
+        return True
 
     def state_dict(self) -> dict:
         """The optimizer's state with this wrapper's (exchange counter, codebook); equal on all ranks, at any moment.
@@ -325,9 +378,23 @@ class DistributedOptimizer(_Materialising):
     def _begin(self) -> None:
         """What precedes a half-step: takes up memory, drops state that only stood in for a broadcast."""
         self._recall()
+        self._follow_ranks()
         if self._placeholder:
             self.state.clear()
             self._placeholder = False
+
+    def _follow_ranks(self) -> None:
+        """Where ranks have been connected anew, takes the kind of exchange that their new number asks for."""
+        exchange = self._exchange
+        if exchange.transport.epoch is not self._epoch:
+            self._inherited = exchange.state_dict()
+            self._connect(exchange.communication)
+
+    def _compare_replicas(self) -> None:
+        """Every ``check_replicas`` steps."""
+        if self.check_replicas and self._exchange.counters[1] % self.check_replicas == 0:
+            parameters = self._parameters()
+            self._exchange.compare_replicas(list(map(fingerprint, parameters)), self._ordered_names)
 
     def _closure_step(self, closure: Callable):
         if not self._extrapolates:
@@ -363,36 +430,44 @@ class DistributedOptimizer(_Materialising):
         self._synchronized = False
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _average(self, stage: str) -> None:
+    def _average(self, stage: str, has_data: bool = True) -> Collected:
         """Replaces every gradient by the mean (or sum) over ranks: the one place that exchanges."""
         self._begin()
         parameters, exchange = self._follow(), self._exchange
         if not self._overlap.end():
             exchange.give_up()
         ends_difference = self._wants_difference and stage == "step"
-        starts, keeps = self._starts_iteration(stage), self._keeps(stage)
-        exchange.settle()
-        # Now: before it a late rank has no vectors, and levels fitted below would read the last exchange's wrongly.
-        before = self._look_ahead(parameters) if ends_difference else []
-        term = (lambda received: _squared_distance(before, received)) if ends_difference else None
-        try:
-            gradients = self._gradients(parameters)
-            fused = exchange.fuse(gradients)
-        except ValueError:
-            exchange.refuse(starts, whole=ends_difference or keeps)
-            raise
-        exchange.adapt_if_due(fused, starts)
-        collected = exchange.collect(exchange.submit(fused, stage, term, keeps), self._ordered_names)
-        assign(parameters, gradients, collected.means)
+        with exchange.unbroken():
+            exchange.settle()
+            # Now: before it a late rank has no vectors, and levels fitted below would read the last exchange's wrongly.
+            before = self._look_ahead(parameters) if ends_difference else []
+            term = (lambda received: _squared_distance(before, received)) if ends_difference else None
+            collected = self._exchange_gradients(parameters, stage, has_data, term)
         if _wants_sparse(self.optimizer) and self.sparse_as_dense:
             for p in parameters:
                 p.grad = None if p.grad is None else p.grad.to_sparse(1)
         if ends_difference:
             self.optimizer.squared_difference = sum(collected.terms)
+        return collected
+
+    def _exchange_gradients(self, parameters: list[Tensor], stage: str, has_data: bool, term: Term | None) -> Collected:
+        exchange, starts, keeps = self._exchange, self._starts_iteration(stage), self._keeps(stage)
+        try:
+            gradients = self._gradients(parameters)
+            fused = exchange.fuse(gradients)
+        except ValueError:
+            exchange.refuse(starts, whole=term is not None or keeps)
+            raise
+        exchange.adapt_if_due(fused, starts)
+        submitted = exchange.submit(fused, stage if has_data else "joined", term, keeps)
+        collected = exchange.collect(submitted, self._ordered_names)
+        assign(parameters, gradients, collected.means)
+        return collected
 
     def _start_part(self, part: int, gradients: list[Tensor | None]) -> bool:
         """Sends a part during backward; says whether it could."""
         self._recall()
+        self._follow_ranks()
         stage = self._coming_stage
         gradients = [None if gradient is None else as_real(gradient) for gradient in gradients]
         return self._exchange.start(part, gradients, stage, self._starts_iteration(stage))
@@ -489,15 +564,22 @@ class _How:
     plan: str
     overlap: bool
     hierarchical: bool | tuple
+    timeout: float | None
 
-    def make(self, optimizer: torch.optim.Optimizer) -> Exchange:
+    def make(self, optimizer: torch.optim.Optimizer, communication: Communication | None = None) -> Exchange:
         # What needs every rank's own vector has it whole in one message.
         wants_own = hasattr(optimizer, "squared_difference")
         process_set = hvd.global_process_set if self.process_set is None else self.process_set
         hosts = _hosts(self.hierarchical, optimizer, self.compression, process_set)
+        if hosts is not None and communication is not None:
+            raise ValueError(
+                "hierarchical=True cannot follow ranks that come and go: its process sets are gone with them"
+            )
+        transport = HorovodTransport(process_set, self.timeout)
         return _make_exchange(
-            self.compression, process_set, self.op, self.predivide, self.plan, wants_own, self.overlap, hosts
-        )
+            self.compression, transport, self.op, self.predivide, self.plan, wants_own, self.overlap, hosts,
+            communication,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         return f"exchange={self.plan}, overlap={self.overlap}, hierarchical={bool(self.hierarchical)}"
@@ -538,22 +620,31 @@ def _hosts(hierarchical, optimizer: torch.optim.Optimizer, compression, process_
 
 
 def _make_exchange(
-    compression, process_set, op, predivide: float, plan: str, wants_own: bool, overlap: bool, hosts: Hosts | None
-) -> Exchange:
+    compression, transport: HorovodTransport, op, predivide: float, plan: str, wants_own: bool, overlap: bool,
+    hosts: Hosts | None, communication: Communication | None = None,
+) -> Exchange:  # fmt: skip
     if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
         raise ValueError(f"compression must be one of Compression's or a compressor of Horovod's, got {compression!r}")
     own = getattr(compression, "process_set", None)
-    if own is not None and own.ranks != process_set.ranks:
+    if own is not None and own.ranks != transport.process_set.ranks:
         raise ValueError("process_set must be the same for the optimizer and its compression, or be left to the first")
-    transport, operation = HorovodTransport(process_set), _operation(op)
+    operation = _operation(op)
     if transport.size == 1:
-        return Alone(transport, operation)
+        return Alone(transport, operation, communication)
     if wants_own:
         plan = "allgather"  # the one by which every rank learns every other's own vector
     if isinstance(compression, AutoCompressor):
         plans = [plan] if plan != "auto" else list(PLANS) if transport.size > 2 else ["allgather"]
         return AutomaticExchange(
-            DENSE, compression.bits, compression.settings, transport, operation, plans, predivide, wants_own
+            DENSE,
+            compression.bits,
+            compression.settings,
+            transport,
+            operation,
+            plans,
+            predivide,
+            wants_own,
+            communication=communication,
         )
     if isinstance(compression, QGenXCompressor):
         settings = compression.settings
@@ -562,9 +653,9 @@ def _make_exchange(
         if hosts is not None:
             return _make_hierarchical(transport, hosts, settings, operation, fixed)
         if overlap and not wants_own:
-            return AheadExchange(settings, transport, operation, fixed, PART_BYTES)
-        return CodedExchange(settings, transport, operation, plan)
-    return DenseExchange(compression, transport, operation, predivide)
+            return AheadExchange(settings, transport, operation, fixed, PART_BYTES, communication)
+        return CodedExchange(settings, transport, operation, plan, communication=communication)
+    return DenseExchange(compression, transport, operation, predivide, communication)
 
 
 def _make_hierarchical(

@@ -85,3 +85,19 @@ def numbers_of(entries: Sequence[float], rank: int, number: int) -> list[int] | 
     if not all(0.5 < value < CALLS + 0.5 for value in found):
         return None
     return [round(value) for value in found]
+
+
+def joined_of(entries: Sequence[float], rank: int, number: int) -> list[int]:
+    """Ranks that have called ``hvd.join()``, in whose places Horovod adds zeros; none if it did something else.
+
+    Args:
+        entries, rank, number: as of ``numbers_of``.
+    """
+    each = entries[1:-1]
+    there = [other for other, entry in enumerate(each) if entry]
+    unit = entries[0] / len(there) if there else 0.0
+    if unit == 0.0 or not math.isfinite(unit):
+        return []
+    last = sum(1 + other % 2 for other in there) * unit
+    is_sum = abs(entries[-1] - last) <= _TOLERANCE * abs(last) and round(each[rank] * CALLS / unit) == number
+    return sorted(set(range(len(each))) - set(there)) if is_sum else []

@@ -38,6 +38,7 @@ ROOMS = [
     "adaptation",
     "communication",
     "transports",
+    "transports.waiting",
     "transports.hosts",
     "transports.horovod",
     "exchange.message",
@@ -57,6 +58,7 @@ ROOMS = [
     "exchange",
     "rows",
     "extragradient",
+    "stock",
     "compressor",
     "automatic",
     "compression",
@@ -66,9 +68,10 @@ ROOMS = [
     "games",
     "overlap",
     "distributed",
+    "elastic",
 ]
 #: The rooms that know Horovod.
-HOROVODS = {"transports.horovod", "compressor", "distributed"}
+HOROVODS = {"transports.horovod", "compressor", "distributed", "elastic"}
 
 
 def _path(room: str) -> Path:
@@ -103,7 +106,7 @@ def test_a_room_imports_only_rooms_before_it(room):
             assert ROOMS.index(module.removeprefix("hvd_qgenx.")) < ROOMS.index(room), f"{room} imports {module}"
 
 
-def test_only_three_rooms_import_horovod():
+def test_only_four_rooms_import_horovod():
     users = {room for room in ROOMS for module in _imports(room) if module.split(".")[0] == "horovod"}
     assert users == HOROVODS
 
@@ -127,7 +130,7 @@ def test_the_exchange_and_the_transports_meet_in_the_protocol_alone(room):
     if room.startswith("exchange"):
         assert "transports.horovod" not in others
     else:
-        assert others <= {"transports", "transports.hosts"}
+        assert others <= {"transports", "transports.hosts", "transports.waiting"}
 
 
 WITHOUT_HOROVOD = """

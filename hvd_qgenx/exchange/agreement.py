@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -38,6 +39,40 @@ def share_state(messenger: Messenger, leader: int, state: dict) -> dict:
 def leader_of(positions: Sequence[Sequence[int]]) -> int:
     """The rank that has made most exchanges and iterations and fitted most codebooks; of equals, the lowest."""
     return max(range(len(positions)), key=lambda rank: (positions[rank][:3], -rank))
+
+
+_FINGERPRINT_BYTES = 8
+
+
+def fingerprint(tensor: Tensor) -> bytes:
+    """8 bytes of a hash of all coordinates, by their bits."""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(values.numpy().data, digest_size=_FINGERPRINT_BYTES).digest()
+
+
+def compare_replicas(
+    messenger: Messenger, envelope: Envelope, fingerprints: Sequence[bytes], names: Sequence[str]
+) -> None:
+    """Compares what ranks hold, tensor by tensor.
+
+    Raises:
+        DisagreementError: on every rank, naming the first tensor that differs, and its ranks by what they hold.
+    """
+    _, bodies = messenger.gather(envelope, _tensor(b"".join(fingerprints)))
+    held = [body.numpy().tobytes() for body in bodies]
+    if all(other == held[0] for other in held):
+        return
+    for index, name in enumerate(names):
+        groups: dict[bytes, list[int]] = {}
+        for rank, all_of_it in zip(messenger.transport.members, held, strict=True):
+            place = slice(index * _FINGERPRINT_BYTES, (index + 1) * _FINGERPRINT_BYTES)
+            groups.setdefault(all_of_it[place], []).append(rank)
+        if len(groups) > 1:
+            parted = " and ".join(f"rank{'s' * (len(one) > 1)} {', '.join(map(str, one))}" for one in groups.values())
+            raise DisagreementError(
+                f"replicas are not equal after exchange {envelope.step}: {name} differs between {parted}; broadcast "
+                "one rank's parameters, and on unlike processors set ATEN_CPU_CAPABILITY alike"
+            )
 
 
 def _gather(messenger: Messenger, stage: str, body: bytes) -> list[bytes]:
