@@ -7,6 +7,7 @@ backend in use: "avx2" or "portable", the compiled core, or "specification", pla
 from hvd_qgenx import backends
 from hvd_qgenx.codec import Codec
 from hvd_qgenx.compression import Compression
+from hvd_qgenx.compressor import check_horovod
 from hvd_qgenx.dual import QGenX
 from hvd_qgenx.extragradient import ExtraAdam, ExtraGradient, ExtraSGD
 from hvd_qgenx.games import Game
@@ -37,10 +38,13 @@ __all__ = [
 def __getattr__(name: str):
     if name == "backend":
         return backends.name()
+    if name == "elastic":
+        import importlib
+
+        check_horovod()
+        return importlib.import_module("hvd_qgenx.elastic")
     if name != "DistributedOptimizer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hvd_qgenx.compressor import check_horovod
-
     check_horovod()
     from hvd_qgenx.distributed import DistributedOptimizer
 

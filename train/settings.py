@@ -19,7 +19,7 @@ except ImportError:  # before Python 3.11
 
 import torch
 from data import CHOICES
-from job import fraction, positive, weight, whole
+from job import MOST_SEED, fraction, positive, weight, whole
 from methods import METHODS
 
 import hvd_qgenx
@@ -151,6 +151,7 @@ def _value(text: str):
 
 def parser_of(usage: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        prog="wgan.py",
         usage="wgan.py [--flag value ...]; --help lists the flags",
         description=usage,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -160,9 +161,9 @@ def parser_of(usage: str) -> argparse.ArgumentParser:
     add("--config", type=Path, metavar="FILE", help="TOML file of flags by name, as lr_critic = 1e-3")
     add("--iterations", type=whole(1), help="of two exchanges each under extra-gradient")
     add("--minutes", type=positive, help="training ends at the first logged iteration after so long (paper: never)")
-    add("--width", type=whole(1), help="channels of both networks")
-    add("--latent", type=whole(1), help="size of the generator's noise vector")
-    add("--batch", type=whole(1), help="images per gradient of all ranks together")
+    add("--width", type=whole(1, 4096), help="channels of both networks")
+    add("--latent", type=whole(1, 2**16), help="size of the generator's noise vector")
+    add("--batch", type=whole(1, 2**20), help="images per gradient of all ranks together")
     add("--optimizer", choices=METHODS, default="extra_adam", help="(extra_adam)")
     add("--critic-steps", type=whole(1), default=1, metavar="N", help="under adam: before each of the generator's (1)")
     add("--lr-generator", type=positive, help="learning rate of the generator")
@@ -176,7 +177,7 @@ def parser_of(usage: str) -> argparse.ArgumentParser:
         help=f"what travels: {', '.join(COMPRESSIONS)}; options of Compression.qgenx (qgenx)")  # fmt: skip
     add("--exchange", choices=("auto", "allgather", "two_phase"), default="auto", help="plan of coded exchanges (auto)")
     add("--data", choices=CHOICES, default="auto", help="source of the images (auto: the first that can be had)")
-    add("--seed", type=whole(0), default=0, help="of weights, shards, noise and rounding (0)")
+    add("--seed", type=whole(0, MOST_SEED), default=0, help="of weights, shards, noise and rounding (0)")
     add("--log-every", type=whole(1), metavar="N", help="iterations between two lines of metrics.jsonl")
     add("--sample-every", type=whole(1), metavar="N", help="iterations between two samples_*.png")
     add("--score-every", type=whole(0), metavar="N", help="iterations between FID and KID, and at the end; 0: never")
