@@ -78,7 +78,7 @@ def test_every_other_game_is_played(tmp_path, games, game, method):
     [
         (["--game", "chess"], "invalid choice: 'chess'"),
         (["--dimension", "7"], "dimension must be even, and beyond 20 a multiple of it, got 7"),
-        (["--iterations", "0"], "'0' is not a whole number of at least 1"),
+        (["--iterations", "0"], "'0' is not a whole number from 1 to"),
         (["--scale", "-1"], "'-1' is not a positive number"),
     ],
 )
