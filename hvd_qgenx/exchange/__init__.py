@@ -7,6 +7,7 @@ from hvd_qgenx.exchange.dense import DenseExchange
 from hvd_qgenx.exchange.exchange import Alone, Collected, Exchange
 from hvd_qgenx.exchange.hierarchical import HierarchicalExchange
 from hvd_qgenx.exchange.message import DisagreementError
+from hvd_qgenx.exchange.streamed import StreamedExchange
 
 __all__ = [
     "PLANS",
@@ -19,4 +20,5 @@ __all__ = [
     "DisagreementError",
     "Exchange",
     "HierarchicalExchange",
+    "StreamedExchange",
 ]

@@ -1,0 +1,192 @@
+"""torch.distributed's collectives on a process group: Gloo, or NCCL with its messages on the GPU.
+
+Its allgather wants equal lengths, and its receivers must know what comes. So lengths are agreed: eight bytes of every
+rank go before each message. A thread does that, in the order in which operations were started, so that starting one
+waits for nobody.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hvd_qgenx.transports import Pending, Transport
+
+BACKENDS = ("gloo", "nccl")
+#: Its name of today, or of releases before.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+Finish = Callable[[], Tensor]
+
+
+class _Operation(Pending):
+    """Something that the thread starts, in its turn; ``start`` then says how its result is waited for."""
+
+    def __init__(self, start: Callable[[], tuple[dist.Work, Finish]]):
+        self._start, self._is_started = start, threading.Event()
+        self._work: dist.Work | None = None
+        self._finish: Finish | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._work, self._finish = self._start()
+        except BaseException as error:  # whatever it is, it belongs to the one that waits
+            self._error = error
+        del self._start
+        self._is_started.set()
+
+    def done(self) -> bool:
+        return self._is_started.is_set() and (self._work is None or self._work.is_completed())
+
+    def wait(self) -> Tensor:
+        self._is_started.wait()
+        if self._error:
+            raise self._error
+        assert self._work and self._finish
+        self._work.wait()
+        return self._finish()
+
+
+class TorchTransport(Transport):
+    """The ranks of a process group; None is all of them.
+
+    All ranks must start operations in the same order: torch.distributed knows no names.
+
+    Raises:
+        ValueError: if the group is neither Gloo's nor NCCL's.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None):
+        check_initialized()
+        self.process_group = dist.group.WORLD if process_group is None else process_group
+        self._queue: queue.SimpleQueue[_Operation | None] | None = None
+        self.device = _device(self.process_group) if self.included else torch.device("cpu")
+
+    @property
+    def size(self) -> int:
+        return dist.get_world_size(self.process_group) if self.included else 1
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.process_group)
+
+    @property
+    def global_rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def included(self) -> bool:
+        return isinstance(self.process_group, dist.ProcessGroup)
+
+    def check_started(self) -> None:
+        check_initialized()
+
+    def allgather(self, message: Tensor, name: str) -> Pending:
+        return self._post(lambda: self._start_allgather(message))
+
+    def alltoall(self, messages: Tensor, splits: Tensor, name: str) -> Pending:
+        return self._post(lambda: self._start_alltoall(messages, splits))
+
+    def allreduce(self, vector: Tensor, name: str, mean: bool, predivide: float = 1.0) -> Pending:
+        return self._post(lambda: self._start_allreduce(vector, mean, predivide))
+
+    # ---- what the thread does ----------------------------------------------------------------------------------------
+
+    def _post(self, start: Callable[[], tuple[dist.Work, Finish]]) -> Pending:
+        if self._queue is None:
+            self._queue = queue.SimpleQueue()
+            threading.Thread(target=_run, args=(self._queue,), name="hvd_qgenx.transport", daemon=True).start()
+            weakref.finalize(self, self._queue.put, None)
+        operation = _Operation(start)
+        self._queue.put(operation)
+        return operation
+
+    def _start_allgather(self, message: Tensor) -> tuple[dist.Work, Finish]:
+        lengths = self._lengths(torch.tensor([len(message)], dtype=torch.int64, device="cpu"))
+        longest = max(lengths)
+        padded = message if len(message) == longest else torch.nn.functional.pad(message, (0, longest - len(message)))
+        gathered = torch.empty(longest * self.size, dtype=torch.uint8, device=self.device)
+        work = _gather(gathered, self._here(padded), self.process_group, async_op=True)
+        return work, lambda: _unpadded(gathered, lengths).to(message.device)
+
+    def _start_alltoall(self, messages: Tensor, splits: Tensor) -> tuple[dist.Work, Finish]:
+        given = splits.tolist()
+        coming = self._lengths(splits.to(torch.int64))[self.rank :: self.size]
+        received = torch.empty(sum(coming), dtype=torch.uint8, device=self.device)
+        work = dist.all_to_all_single(
+            received, self._here(messages), coming, given, group=self.process_group, async_op=True
+        )
+        return work, lambda: received.to(messages.device)
+
+    def _start_allreduce(self, vector: Tensor, mean: bool, predivide: float) -> tuple[dist.Work, Finish]:
+        if predivide != 1.0:
+            vector.mul_(1.0 / predivide)
+        moved = self._here(vector)
+        work = dist.all_reduce(moved, group=self.process_group, async_op=True)
+        # One factor after the sum, and a product, not a quotient, as Horovod has it: so bits can be equal.
+        after = predivide / self.size if mean else predivide
+
+        def finish() -> Tensor:
+            total = moved if after == 1.0 else moved.mul_(after)
+            return total if moved is vector else vector.copy_(total)
+
+        return work, finish
+
+    def _lengths(self, own: Tensor) -> list[int]:
+        """The numbers of all ranks, in rank order."""
+        numbers = torch.empty(self.size * len(own), dtype=torch.int64, device=self.device)
+        _gather(numbers, self._here(own), self.process_group)
+        return numbers.tolist()
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """Where the backend wants it."""
+        return tensor.to(self.device)
+
+
+def check_initialized() -> None:
+    """Raises RuntimeError, saying what to call first, unless ranks are connected."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("torch.distributed is not initialized: call torch.distributed.init_process_group() first")
+
+
+def own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Another group of the same ranks and backend, whose operations have an order of their own; by all of its ranks."""
+    check_initialized()
+    ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+    return dist.new_group(ranks, backend=_backend(process_group), use_local_synchronization=True)
+
+
+def _backend(process_group: dist.ProcessGroup | None) -> str:
+    return str(dist.get_backend_config(process_group))
+
+
+def _device(process_group: dist.ProcessGroup) -> torch.device:
+    """Where the group's backend takes messages: on the CPU, where they are coded, if it can."""
+    offered = dict(pair.split(":") for pair in _backend(process_group).split(","))
+    if offered.get("cpu") in BACKENDS:
+        return torch.device("cpu")
+    if offered.get("cuda") in BACKENDS:
+        return torch.device("cuda", torch.cuda.current_device())
+    raise ValueError(f"process_group must be one of Gloo's or NCCL's, which gather bytes; its backend is {offered}")
+
+
+def _unpadded(gathered: Tensor, lengths: list[int]) -> Tensor:
+    """Messages without what made them equally long; a copy only if they were not."""
+    longest = max(lengths)
+    if all(length == longest for length in lengths):
+        return gathered
+    rows = gathered.view(len(lengths), longest)
+    return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])
+
+
+def _run(operations: queue.SimpleQueue[_Operation | None]) -> None:
+    while (operation := operations.get()) is not None:
+        operation.run()
+        del operation  # its message is not needed while the next is waited for
