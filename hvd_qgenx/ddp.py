@@ -18,7 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,9 +50,9 @@ class _Bucket:
     missing: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, bucket: dist.GradBucket) -> "_Bucket":
+    def of(cls, bucket: Any) -> "_Bucket":
         buffer = check_gradient(bucket.buffer())
-        devices = [buffer.device] if buffer.is_cuda else None
+        devices: Any = [buffer.device] if buffer.is_cuda else None
         return cls(buffer, bucket.parameters(), torch.futures.Future(devices=devices))
 
     def gradients(self) -> Sequence[Tensor]:
@@ -63,11 +63,11 @@ class _Bucket:
 class _Backward:
     """What a backward has brought so far: buckets, and of all parameters, in the model's order, their gradients."""
 
-    def __init__(self, count: int):
-        self.buckets: list[_Bucket] = []
-        self.gradients: list[Optional[Tensor]] = [None] * count
+    def __init__(self, count: int, buckets: Sequence[_Bucket] = ()):
+        self.buckets = list(buckets)
+        self.gradients: list[Tensor | None] = [None] * count
         #: What is encoded of a gradient, and decoded into: itself, if it is float32 on the CPU.
-        self.segments: list[Optional[Tensor]] = [None] * count
+        self.segments: list[Tensor | None] = [None] * count
         self.flights: dict[int, Flight] = {}
         self.landed = 0
         self.broken = [False] * count
@@ -115,7 +115,7 @@ class QGenXState:
 
     def __init__(
         self,
-        process_group: Optional[dist.ProcessGroup] = None,
+        process_group: dist.ProcessGroup | None = None,
         bits: int = 4,
         levels: str | Levels = "adaptive",
         coder: str = "huffman",
@@ -126,7 +126,7 @@ class QGenXState:
         adapt_at: tuple[int, ...] = (0, 200, 1000, 5000),
         adapt_every: int = 10000,
         seed: int = 0,
-        named_parameters: Optional[Iterable] = None,
+        named_parameters: Iterable | None = None,
         nonfinite: str = "nan",
         statistics: str = "histogram",
         rate_weight: float = 0.0,
@@ -146,16 +146,16 @@ class QGenXState:
         self._names = {p: name for name, p in named}
         self._begin(process_group, {})
 
-    def _begin(self, process_group: Optional[dist.ProcessGroup], memory: dict) -> None:
+    def _begin(self, process_group: dist.ProcessGroup | None, memory: dict) -> None:
         self.process_group = process_group
         self.communication = Communication()
         self._memory = memory
-        self._exchange: Optional[StreamedExchange] = None
+        self._exchange: StreamedExchange | None = None
         self._index: dict[Tensor, int] = {}
         self._members: list[list[int]] = []
         self._backward = _Backward(0)
-        self._failure: Optional[BaseException] = None
-        self._receiver: Optional[_Receiver] = None
+        self._failure: BaseException | None = None
+        self._receiver: _Receiver | None = None
 
     def __repr__(self) -> str:
         return f"QGenXState({', '.join(self.settings.describe())}, exchange={self.plan!r})"
@@ -174,7 +174,12 @@ class QGenXState:
 
     def __getstate__(self) -> dict:
         _LOGGER.warning("QGenXState is saved without its process group")
-        return {"settings": self.settings, "plan": self.plan, "part_bytes": self.part_bytes, "memory": self.state_dict()}
+        return {
+            "settings": self.settings,
+            "plan": self.plan,
+            "part_bytes": self.part_bytes,
+            "memory": self.state_dict(),
+        }
 
     def __setstate__(self, state: dict) -> None:
         self.settings, self.plan, self.part_bytes = state["settings"], state["plan"], state["part_bytes"]
@@ -183,7 +188,7 @@ class QGenXState:
 
     # ---- buckets -----------------------------------------------------------------------------------------------------
 
-    def take(self, bucket: dist.GradBucket) -> TensorFuture:
+    def take(self, bucket: Any) -> TensorFuture:
         """Takes over a bucket and returns at once; see ``qgenx_hook``."""
         if self._failure:
             raise RuntimeError(f"this QGenXState has failed before: {self._failure}") from self._failure
@@ -207,8 +212,8 @@ class QGenXState:
         for p, gradient in zip(bucket.parameters, bucket.gradients(), strict=True):
             if p not in self._index:
                 raise ValueError(
-                    f"a QGenXState belongs to one DistributedDataParallel module: a parameter of shape {tuple(p.shape)} "
-                    "is not of the module that used it first; make another state for this one"
+                    "a QGenXState belongs to one DistributedDataParallel module: a parameter of shape "
+                    f"{tuple(p.shape)} is not of the module that used it first; make another state for this one"
                 )
             self._backward.gradients[self._index[p]] = gradient
 
@@ -246,8 +251,7 @@ class QGenXState:
         self._index = {p: index for index, p in enumerate(parameters)}
         self._ordered_names = [self._name(p, index) for index, p in enumerate(parameters)]
         self._members = [[piece.segment for piece in part.slices] for part in exchange.parts()]
-        self._backward.__init__(len(parameters))  # type: ignore[misc]
-        self._backward.buckets = buckets
+        self._backward = _Backward(len(parameters), buckets)
         for bucket in buckets:
             self._place(bucket)
 
@@ -342,7 +346,7 @@ class _Receiver:
         threading.Thread(target=_receive, args=(self._queue,), name="hvd_qgenx.receiver", daemon=True).start()
         weakref.finalize(self, self._queue.put, None)
 
-    def put(self, item: "_Whole | _Landing") -> None:
+    def put(self, item: "Item") -> None:
         self._queue.put(item)
 
 
@@ -363,7 +367,7 @@ def _receive(arriving: queue.SimpleQueue) -> None:
         del item
 
 
-def _guarded(item: "_Whole | _Landing", action: Callable[[], None]) -> None:
+def _guarded(item: "Item", action: Callable[[], None]) -> None:
     try:
         action()
     except BaseException as error:  # whatever it is, DDP's thread must learn of it
@@ -378,7 +382,7 @@ def _delivered(future: TensorFuture) -> Tensor:
     return value
 
 
-def qgenx_hook(state: QGenXState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def qgenx_hook(state: QGenXState, bucket: dist.GradBucket) -> TensorFuture:  # type: ignore[name-defined]
     """The mean over ranks of a bucket's gradients, coded on the wire; for ``register_comm_hook``.
 
     Returns:
@@ -390,7 +394,7 @@ def qgenx_hook(state: QGenXState, bucket: dist.GradBucket) -> torch.futures.Futu
     Example:
         >>> ddp_model.register_comm_hook(QGenXState(bits=4), qgenx_hook)
     """
-    if not isinstance(bucket, dist.GradBucket):
+    if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]
         raise TypeError(
             "qgenx_hook is for DistributedDataParallel, which hands over a GradBucket; FullyShardedDataParallel and "
             f"others are not supported: it got a {type(bucket).__name__}"

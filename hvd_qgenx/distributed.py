@@ -6,8 +6,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import horovod.torch as hvd
 import torch
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from hvd_qgenx.checks import (
 )
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.compression import Compression
-from hvd_qgenx.compressor import NoneCompressor, QGenXCompressor
+from hvd_qgenx.compressor import NoneCompressor, QGenXCompressor, check_horovod
 from hvd_qgenx.exchange import (
     PLANS,
     AheadExchange,
@@ -37,9 +37,13 @@ from hvd_qgenx.exchange import (
 from hvd_qgenx.extragradient import OptimizerView
 from hvd_qgenx.overlap import PART_BYTES, Overlap
 from hvd_qgenx.transports import Transport
-from hvd_qgenx.transports.horovod import HorovodTransport, Hosts, hosts_of
+
+if TYPE_CHECKING:
+    from hvd_qgenx.transports.horovod import Hosts
 
 EXCHANGES = ("auto", *PLANS)
+AVERAGE, SUM = 0, 1  # as Horovod numbers hvd.Average and hvd.Sum, which need it installed
+_HOROVODS_MODULE = "horovod.torch.optimizer"
 _MEMORY = "hvd_qgenx"
 
 
@@ -88,11 +92,11 @@ class DistributedOptimizer(_Materialising):
         compression: ``Compression.none``, ``.fp16``, ``.qgenx(...)``, ``.auto``, or any compressor of Horovod's.
         backward_passes_per_step: with ``overlap``, how many backwards precede a half-step: the last of them sends.
             Without, gradients accumulate in ``p.grad`` and are exchanged in the half-step whatever their number.
-        op: ``hvd.Average`` or ``hvd.Sum``.
+        op: ``hvd.Average`` or ``hvd.Sum``; where Horovod is not installed, their numbers 0 and 1.
         gradient_predivide_factor: splits the division before and after the sum, where a sum travels (none, fp16).
         num_groups, groups: accepted as Horovod's; all parameters travel in one message anyway.
         sparse_as_dense: must be true if a gradient is sparse.
-        process_set: the ranks that take part; on others every step is local.
+        process_set: Horovod's, the ranks that take part, None for all; on others every step is local.
         exchange: of coded gradients: "allgather" of all ranks' payloads, "two_phase" (shards to their owners, means
             back), or "auto", which lets all ranks choose one of them and a part size before the first exchange, by a
             measurement of less than a second; small networks, and ``QGenX``, have no choice and measure nothing. What
@@ -105,6 +109,8 @@ class DistributedOptimizer(_Materialising):
             the other hosts, and its host takes over the result. Hosts are found by Horovod's local ranks, or given,
             as (host, leaders): the process sets of this rank's host and of the first ranks of all hosts. To be passed
             by all ranks of the job; needs HOROVOD_DYNAMIC_PROCESS_SETS=1 unless given. Not for ``QGenX``.
+        process_group: torch.distributed's, in place of a process set: Horovod is then not used, and need not be
+            installed. ``torch.distributed.group.WORLD`` is all ranks. Not with ``overlap`` or ``hierarchical``.
 
     Raises:
         ValueError: naming the argument and what is allowed.
@@ -121,19 +127,21 @@ class DistributedOptimizer(_Materialising):
         named_parameters: Iterable | None = None,
         compression=Compression.none,
         backward_passes_per_step: int = 1,
-        op=hvd.Average,
+        op=AVERAGE,
         gradient_predivide_factor: float = 1.0,
         num_groups: int = 0,
         groups=None,
         sparse_as_dense: bool = False,
-        process_set=hvd.global_process_set,
+        process_set=None,
         exchange: str = "auto",
         overlap: bool = False,
         hierarchical: bool | tuple = False,
+        process_group=None,
     ):
         _check_optimizer(optimizer)
         super().__init__(optimizer)
-        check_process_set(process_set)
+        if process_set is not None:
+            check_process_set(process_set)
         check_type("sparse_as_dense", sparse_as_dense, bool)
         check_type("overlap", overlap, bool)
         check_integer("backward_passes_per_step", backward_passes_per_step, 1)
@@ -142,12 +150,14 @@ class DistributedOptimizer(_Materialising):
         _check_predivide(gradient_predivide_factor, op)
         self.sparse_as_dense = sparse_as_dense
         self._names = _names(self, named_parameters)
-        _check_started()
+        if process_group is not None and (overlap or hierarchical is not False or process_set is not None):
+            raise ValueError("process_group goes without process_set, overlap and hierarchical, which need Horovod")
+        transport = _make_transport(process_set, process_group)
         # What needs every rank's own vector has it whole in one message.
         wants_own = hasattr(optimizer, "squared_difference")
-        hosts = _hosts(hierarchical, optimizer, compression, process_set)
+        hosts = _hosts(hierarchical, optimizer, compression, transport)
         self._exchange = _make_exchange(
-            compression, process_set, op, gradient_predivide_factor, exchange, wants_own, overlap, hosts
+            compression, transport, op, gradient_predivide_factor, exchange, wants_own, overlap, hosts
         )
         self._options = f"exchange={exchange}, overlap={overlap}, hierarchical={bool(hierarchical)}"
         self._overlap = Overlap(self._start_part, backward_passes_per_step)
@@ -155,7 +165,7 @@ class DistributedOptimizer(_Materialising):
         self._should_synchronize, self._synchronized, self._placeholder = True, False, False
         if hasattr(optimizer, "num_ranks"):
             optimizer.num_ranks = self._exchange.transport.size
-        self.__module__ = hvd.DistributedOptimizer.__module__  # see _Materialising
+        self.__module__ = _HOROVODS_MODULE  # see _Materialising
 
     @property
     def communication(self):
@@ -368,18 +378,27 @@ class DistributedOptimizer(_Materialising):
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     check_type("optimizer", optimizer, torch.optim.Optimizer)
-    if getattr(optimizer, "__module__", None) == hvd.DistributedOptimizer.__module__:
+    if getattr(optimizer, "__module__", None) == _HOROVODS_MODULE:
         raise ValueError("optimizer must not be distributed already: its gradients would be averaged twice")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("optimizer must not be LBFGS: each rank's own loss would decide how often it evaluates")
 
 
-def _check_started() -> None:
-    if not hvd.is_initialized():
-        raise RuntimeError("Horovod is not initialized: call horovod.torch.init() first")
+def _make_transport(process_set, process_group) -> Transport:
+    """Torch's, if its group is given, or Horovod's; whose ranks must be connected."""
+    if process_group is not None:
+        from hvd_qgenx.transports.torch_distributed import TorchTransport
+
+        return TorchTransport(process_group)
+    check_horovod()
+    from hvd_qgenx.transports.horovod import HorovodTransport
+
+    transport = HorovodTransport(process_set)
+    transport.check_started()
+    return transport
 
 
-def _hosts(hierarchical, optimizer: torch.optim.Optimizer, compression, process_set) -> Hosts | None:
+def _hosts(hierarchical, optimizer: torch.optim.Optimizer, compression, transport) -> Hosts | None:
     """The hosts of a hierarchical exchange; None without, and on ranks that take no part."""
     if hierarchical is False:
         return None
@@ -390,17 +409,19 @@ def _hosts(hierarchical, optimizer: torch.optim.Optimizer, compression, process_
         raise ValueError("hierarchical needs Compression.qgenx; for none and fp16 see HOROVOD_HIERARCHICAL_ALLREDUCE")
     if hasattr(optimizer, "squared_difference"):
         raise ValueError("hierarchical is not for QGenX, whose step size needs every rank's own vector")
-    return hosts_of(process_set, hierarchical if is_pair else None)
+    from hvd_qgenx.transports.horovod import hosts_of
+
+    return hosts_of(transport.process_set, hierarchical if is_pair else None)
 
 
 def _make_exchange(
-    compression, process_set, op, predivide: float, plan: str, wants_own: bool, overlap: bool, hosts: Hosts | None
+    compression, transport, op, predivide: float, plan: str, wants_own: bool, overlap: bool, hosts: Hosts | None
 ) -> Exchange:
     if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
         raise ValueError(f"compression must be one of Compression's or a compressor of Horovod's, got {compression!r}")
-    if getattr(compression, "process_set", None) not in (None, process_set):
+    if getattr(compression, "process_set", None) not in (None, getattr(transport, "process_set", None)):
         raise ValueError("process_set must be the same for the optimizer and its compression, or be left to the first")
-    transport, operation = HorovodTransport(process_set), _operation(op)
+    operation = _operation(op)
     if transport.size == 1:
         return Alone(transport, operation)
     if wants_own:
@@ -436,14 +457,14 @@ def _make_hierarchical(
 
 
 def _operation(op) -> str:
-    if op not in (hvd.Average, hvd.Sum):
+    if op not in (AVERAGE, SUM):
         raise ValueError("op must be hvd.Average or hvd.Sum: no other is defined for what is exchanged here")
-    return "mean" if op == hvd.Average else "sum"
+    return "mean" if op == AVERAGE else "sum"
 
 
 def _check_predivide(factor: float, op) -> None:
     check_positive("gradient_predivide_factor", factor)
-    if factor != 1.0 and op != hvd.Average:
+    if factor != 1.0 and op != AVERAGE:
         raise ValueError("gradient_predivide_factor must be 1 unless op is hvd.Average")
 
 

@@ -55,9 +55,10 @@ def test_the_wrapper_takes_every_keyword_of_horovods_and_exchange():
     theirs = inspect.signature(hvd.DistributedOptimizer).parameters
     ours = inspect.signature(hvd_qgenx.DistributedOptimizer).parameters
     assert list(ours)[: len(theirs)] == list(theirs)
-    assert list(ours)[len(theirs) :] == ["exchange", "overlap", "hierarchical"]
+    assert list(ours)[len(theirs) :] == ["exchange", "overlap", "hierarchical", "process_group"]
+    assert ours["process_set"].default is None, "the global one, which is not to be had without Horovod"
     for name, parameter in theirs.items():
-        if name != "compression":
+        if name not in ("compression", "process_set"):
             assert ours[name].default == parameter.default, name
 
 

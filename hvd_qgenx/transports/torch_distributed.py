@@ -11,6 +11,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,12 +61,15 @@ class TorchTransport(Transport):
     All ranks must start operations in the same order: torch.distributed knows no names.
 
     Raises:
-        ValueError: if the group is neither Gloo's nor NCCL's.
+        RuntimeError: if torch.distributed is not initialized.
+        ValueError: if it is no group, or neither Gloo's nor NCCL's.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None):
         check_initialized()
-        self.process_group = dist.group.WORLD if process_group is None else process_group
+        self.process_group: Any = dist.group.WORLD if process_group is None else process_group
+        if not self.included and self.process_group is not dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(f"process_group must be a torch.distributed.ProcessGroup, got {process_group!r}")
         self._queue: queue.SimpleQueue[_Operation | None] | None = None
         self.device = _device(self.process_group) if self.included else torch.device("cpu")
 
