@@ -338,6 +338,9 @@ class _Landing:
         self.state._land(self.backward, self.part, self.flight)
 
 
+_Item = _Whole | _Landing
+
+
 class _Receiver:
     """A thread that waits for what was sent, in the order of sending; what comes after a first phase starts first."""
 
@@ -346,7 +349,7 @@ class _Receiver:
         threading.Thread(target=_receive, args=(self._queue,), name="hvd_qgenx.receiver", daemon=True).start()
         weakref.finalize(self, self._queue.put, None)
 
-    def put(self, item: "Item") -> None:
+    def put(self, item: _Item) -> None:
         self._queue.put(item)
 
 
@@ -367,7 +370,7 @@ def _receive(arriving: queue.SimpleQueue) -> None:
         del item
 
 
-def _guarded(item: "Item", action: Callable[[], None]) -> None:
+def _guarded(item: _Item, action: Callable[[], None]) -> None:
     try:
         action()
     except BaseException as error:  # whatever it is, DDP's thread must learn of it

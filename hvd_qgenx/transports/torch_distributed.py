@@ -67,11 +67,12 @@ class TorchTransport(Transport):
 
     def __init__(self, process_group: dist.ProcessGroup | None = None):
         check_initialized()
-        self.process_group: Any = dist.group.WORLD if process_group is None else process_group
-        if not self.included and self.process_group is not dist.GroupMember.NON_GROUP_MEMBER:
+        group: Any = dist.group.WORLD if process_group is None else process_group
+        self.process_group = group
+        if not self.included and group is not dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError(f"process_group must be a torch.distributed.ProcessGroup, got {process_group!r}")
         self._queue: queue.SimpleQueue[_Operation | None] | None = None
-        self.device = _device(self.process_group) if self.included else torch.device("cpu")
+        self.device = _device(group) if self.included else torch.device("cpu")
 
     @property
     def size(self) -> int:
