@@ -103,7 +103,7 @@ class QGenXState:
     Args:
         process_group: the module's; None is all ranks.
         exchange: "allgather" of all ranks' payloads; or "two_phase", shards to their owners and means back, which
-            sends less from about 5 ranks on and codes twice.
+            codes twice, for slow links and more than three or four ranks.
         part_bytes: float32 bytes of what travels in one message.
         named_parameters: only for messages that name a parameter.
         bits, levels, coder, norm, bucket_size, rounding, min_numel, adapt_at, adapt_every, seed, nonfinite,

@@ -1,0 +1,37 @@
+"""The same hook under Lightning, whose DDPStrategy registers it.
+
+torchrun --nproc-per-node 2 examples/ddp_lightning.py
+"""
+
+import lightning
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+import hvd_qgenx
+
+
+class Sums(lightning.LightningModule):
+    """Learns to add up 32 numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = torch.nn.Sequential(torch.nn.Linear(32, 256), torch.nn.ReLU(), torch.nn.Linear(256, 1))
+
+    def training_step(self, batch, index):
+        (x,) = batch
+        return (self.network(x) - x.sum(dim=1, keepdim=True)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+if __name__ == "__main__":
+    lightning.seed_everything(0)
+    state = hvd_qgenx.ddp.QGenXState(bits=4)
+    strategy = DDPStrategy(ddp_comm_state=state, ddp_comm_hook=hvd_qgenx.ddp.qgenx_hook, process_group_backend="gloo")
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(6400, 32)), batch_size=64)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, **quiet)
+    trainer.fit(Sums(), data)
+    if trainer.is_global_zero:
+        print(state.communication)
