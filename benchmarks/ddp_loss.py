@@ -5,7 +5,7 @@
     python benchmarks/ddp_loss.py --table                                          # Markdown from the committed rows
 
 The loader of train/ has pictures without labels, so the network learns by how many right angles each was turned, of
-which there are four; at random the loss is ln 4 = 1.386. All methods have the same weights, batches and order for one seed.
+which there are four; at random the loss is ln 4 = 1.386. For one seed all methods have the same weights and batches.
 The loss is the mean over ranks and the last tenth of the iterations, before the step.
 """
 
