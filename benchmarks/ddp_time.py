@@ -6,12 +6,12 @@
     python benchmarks/ddp_time.py --table                                   # Markdown from the newest rows
 
 Hosts are those of benchmarks/laboratory.py; they share this machine's cores. All methods take turns in one run, after
-warm-ups in which levels are fitted, PowerSGD has left its dense phase, and DDP has cut its buckets anew. "noop" gives every
-bucket back as it is: what it takes is taken off the others', and the rest is called communication. Of "matrix" gradients
-are there already, so an iteration is little else; ResNet-18's are computed from random pictures.
+warm-ups in which levels are fitted, PowerSGD has left its dense phase, and DDP has cut its buckets anew. "noop" gives
+every bucket back as it is: what it takes is taken off the others', and the rest is called communication. A matrix has
+its gradient already, so an iteration is little else; ResNet-18's are computed from random pictures.
 
 The relative error is that of the mean of one exchange, ||mean - true mean||^2 / ||true mean||^2; PowerSGD carries
-its own into the next, which this does not show. Bytes on the link are those that eth0 has sent, acknowledgements included.
+its own into the next, which this does not show. Bytes on the link are what eth0 has sent, acknowledgements included.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def launch(command: list[str], flags) -> bool:
     if flags.rate == "loopback":
         local = {**env, "MASTER_ADDR": "127.0.0.1"}
         ranks = [subprocess.Popen(command, env={**local, "RANK": str(rank)}) for rank in range(flags.hosts)]
-        return not any([rank.wait() for rank in ranks])
+        codes = [rank.wait() for rank in ranks]  # of all, also if one has failed
+        return not any(codes)
     with laboratory(flags.hosts, flags.rate) as lab:
         env |= {"MASTER_ADDR": lab.hosts[0].address, "GLOO_SOCKET_IFNAME": "eth0"}
         return not any(done.returncode for done in lab.everywhere(command, env=env))
@@ -106,16 +107,13 @@ def table() -> str:
 
 def markdown(cell: tuple, rows: list[dict]) -> str:
     lines = [f"{cell[2]}, {cell[1]} hosts, {cell[0]}", ""]
-    lines += [
-        "| method | ms | communication ms | allreduce / this | MB on a link | relative error | own CPU / codec's |"
-    ]
+    head = ["method", "ms", "communication ms", "allreduce / this", "MB on a link", "relative error", "CPU / codec's"]
+    lines += [f"| {' | '.join(head)} |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for row in rows:
         link = f"{float(row['link_bytes']) / 1e6:.1f}" if row["link_bytes"] else ""
-        lines.append(
-            f"| {row['method']} | {row['ms_median']} | {row['communication_ms']} | {row['allreduce_over_this']} | {link} "
-            f"| {row['relative_error']} | {row['own_cpu_over_codec']} |"
-        )
+        cells = [row[name] for name in ("method", "ms_median", "communication_ms", "allreduce_over_this")]
+        lines.append(f"| {' | '.join([*cells, link, row['relative_error'], row['own_cpu_over_codec']])} |")
     return "\n".join(lines)
 
 
