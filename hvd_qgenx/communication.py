@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 _NUMBERS = itertools.count(1)
 PHASES = ("encode", "wait", "decode")
+_COUNTING = threading.Lock()  # two threads may send for one optimizer
 
 
 @dataclass
@@ -62,10 +64,11 @@ class Communication:
 
     def count(self, tensor: Tensor, phase: int = 0) -> Tensor:
         """Counts a tensor that is about to be handed to a collective, and returns it."""
-        self.collectives += 1
-        self.bytes_sent += tensor.numel() * tensor.element_size()
-        if phase:
-            self.second_phase_bytes += tensor.numel() * tensor.element_size()
+        with _COUNTING:
+            self.collectives += 1
+            self.bytes_sent += tensor.numel() * tensor.element_size()
+            if phase:
+                self.second_phase_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
     def count_symbols(self, counts: Tensor) -> None:

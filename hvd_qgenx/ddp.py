@@ -63,8 +63,10 @@ class _Bucket:
 class _Backward:
     """What a backward has brought so far: buckets, and of all parameters, in the model's order, their gradients."""
 
-    def __init__(self, count: int, buckets: Sequence[_Bucket] = ()):
+    def __init__(self, count: int, buckets: Sequence[_Bucket] = (), is_streamed: bool = False):
         self.buckets = list(buckets)
+        #: Whether parts are sent as they are there; decided once, since the last part's landing may make levels due.
+        self.is_streamed = is_streamed
         self.gradients: list[Tensor | None] = [None] * count
         #: What is encoded of a gradient, and decoded into: itself, if it is float32 on the CPU.
         self.segments: list[Tensor | None] = [None] * count
@@ -198,7 +200,8 @@ class QGenXState:
             taken.promise.set_result(taken.buffer)
             return taken.promise
         if bucket.index() == 0:
-            self._backward = _Backward(len(self._index))
+            is_streamed = self._exchange is not None and self._exchange.settled
+            self._backward = _Backward(len(self._index), is_streamed=is_streamed)
         self._backward.buckets.append(taken)
         if self._index:
             self._place(taken)
@@ -221,7 +224,7 @@ class QGenXState:
         """Sends the parts that were waiting for this bucket alone; in one order on all ranks, as DDP's buckets are."""
         exchange, backward = self._exchange, self._backward
         assert exchange is not None and self._receiver is not None
-        if not exchange.settled:
+        if not backward.is_streamed:
             return
         indices = {self._index[p] for p in bucket.parameters}
         bucket.missing = {part for part, members in enumerate(self._members) if indices.intersection(members)}
@@ -234,8 +237,8 @@ class QGenXState:
     def _end_of_buckets(self) -> None:
         if not self._index:
             self._meet_module()
-        assert self._exchange is not None and self._receiver is not None
-        if not self._exchange.settled:
+        assert self._receiver is not None
+        if not self._backward.is_streamed:
             self._receiver.put(_Whole(self, self._backward))
 
     def _meet_module(self) -> None:
@@ -295,6 +298,7 @@ class QGenXState:
         is_last = backward.landed == len(self._members)
         if is_last:
             exchange.finish(list(backward.flights.values()))
+            backward.flights.clear()  # with all ranks' payloads
             exchange.report_broken(backward.broken, self._ordered_names)
         for bucket in backward.buckets:
             if part in bucket.missing:

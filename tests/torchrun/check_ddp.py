@@ -45,7 +45,7 @@ def test_replicas_are_identical_at_every_step(plan, part_bytes):
         descend(model)
         assert same_on_all_ranks([*gradients(model), *model.parameters()])
     assert state.communication.exchanges == 6 and state.communication.codebook_version == 2
-    assert len(set(state.communication.__dict__)) and state.communication.variance < 0.1
+    assert 0 < state.communication.variance < 0.1
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}, {"static_graph": True}])
@@ -65,7 +65,7 @@ def test_the_gradient_is_what_the_codec_makes_of_all_ranks_gradients(options):
         backward(model, step)
         assert bits(gradients(model)) == bits(decoded_mean(state, own, step))
         descend(model)
-    assert cuts[: len(cuts) // 3] != cuts[-(len(cuts) // 3) :] or len(cuts) % 3
+    assert options.get("static_graph") or sum(cuts[:3]) != sum(cuts[-3:]) or cuts[:3] != cuts[-3:]
 
 
 def test_the_bits_are_those_of_the_optimizer_under_torchrun():
@@ -135,7 +135,6 @@ def test_bfloat16_modules_are_coded_from_float32_and_rounded_back():
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks():
-    state = QGenXState(**UNIFORM, named_parameters=net().named_parameters())
     model = net()
     state = QGenXState(**UNIFORM, named_parameters=model.named_parameters())
     model = hooked(state, model)
@@ -158,7 +157,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks():
     assert scaler.get_scale() == 2.0
 
 
-def test_raise_raises_on_all_ranks_and_the_next_backward_works():
+def test_raise_raises_on_all_ranks():
     state = QGenXState(**UNIFORM, nonfinite="raise")
     model = hooked(state)
     backward(model, 0)
