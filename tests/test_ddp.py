@@ -33,7 +33,7 @@ def torchrun(ranks, *command, folder=ROOT, **variables):
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "file"), [(3, "check_ddp.py"), (2, "check_ddp.py"), (3, "check_transport.py")])
 def test_every_rank_passes(ranks, file):
-    command = ["-m", "pytest", "-x", "-q", "--color=no", "-p", "no:cacheprovider", file]
+    command = ["-m", "pytest", "-x", "-q", "--color=no", file]
     torchrun(ranks, *command, folder=ROOT / "tests" / "torchrun", ATEN_CPU_CAPABILITY="default")
 
 
