@@ -10,18 +10,19 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 
 from hvd_qgenx.transports import Pending, Transport
 
 BACKENDS = ("gloo", "nccl")
-#: Its name of today, or of releases before.
-_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_MADE: Counter[str] = Counter()
 
 Finish = Callable[[], Tensor]
 
@@ -56,7 +57,7 @@ class _Operation(Pending):
 
 
 class TorchTransport(Transport):
-    """The ranks of a process group; None is all of them.
+    """The ranks of a process group, or of what ``own_group`` made; None is all of them.
 
     All ranks must start operations in the same order: torch.distributed knows no names.
 
@@ -65,7 +66,7 @@ class TorchTransport(Transport):
         ValueError: if it is no group, or neither Gloo's nor NCCL's.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None):
+    def __init__(self, process_group: dist.ProcessGroup | dist.ProcessGroupGloo | None = None):
         check_initialized()
         group: Any = dist.group.WORLD if process_group is None else process_group
         self.process_group = group
@@ -76,11 +77,11 @@ class TorchTransport(Transport):
 
     @property
     def size(self) -> int:
-        return dist.get_world_size(self.process_group) if self.included else 1
+        return self.process_group.size() if self.included else 1
 
     @property
     def rank(self) -> int:
-        return dist.get_rank(self.process_group)
+        return self.process_group.rank()
 
     @property
     def global_rank(self) -> int:
@@ -88,7 +89,7 @@ class TorchTransport(Transport):
 
     @property
     def included(self) -> bool:
-        return isinstance(self.process_group, dist.ProcessGroup)
+        return isinstance(self.process_group, dist.ProcessGroup | dist.ProcessGroupGloo)
 
     def check_started(self) -> None:
         check_initialized()
@@ -118,23 +119,21 @@ class TorchTransport(Transport):
         longest = max(lengths)
         padded = message if len(message) == longest else torch.nn.functional.pad(message, (0, longest - len(message)))
         gathered = torch.empty(longest * self.size, dtype=torch.uint8, device=self.device)
-        work = _gather(gathered, self._here(padded), self.process_group, async_op=True)
+        work = self.process_group._allgather_base(gathered, self._here(padded))
         return work, lambda: _unpadded(gathered, lengths).to(message.device)
 
     def _start_alltoall(self, messages: Tensor, splits: Tensor) -> tuple[dist.Work, Finish]:
         given = splits.tolist()
         coming = self._lengths(splits.to(torch.int64))[self.rank :: self.size]
         received = torch.empty(sum(coming), dtype=torch.uint8, device=self.device)
-        work = dist.all_to_all_single(
-            received, self._here(messages), coming, given, group=self.process_group, async_op=True
-        )
+        work = self.process_group.alltoall_base(received, self._here(messages), coming, given)
         return work, lambda: received.to(messages.device)
 
     def _start_allreduce(self, vector: Tensor, mean: bool, predivide: float) -> tuple[dist.Work, Finish]:
         if predivide != 1.0:
             vector.mul_(1.0 / predivide)
         moved = self._here(vector)
-        work = dist.all_reduce(moved, group=self.process_group, async_op=True)
+        work = self.process_group.allreduce([moved])
         # One factor after the sum, and a product, not a quotient, as Horovod has it: so bits can be equal.
         after = predivide / self.size if mean else predivide
 
@@ -147,7 +146,7 @@ class TorchTransport(Transport):
     def _lengths(self, own: Tensor) -> list[int]:
         """The numbers of all ranks, in rank order."""
         numbers = torch.empty(self.size * len(own), dtype=torch.int64, device=self.device)
-        _gather(numbers, self._here(own), self.process_group)
+        self.process_group._allgather_base(numbers, self._here(own)).wait()
         return numbers.tolist()
 
     def _here(self, tensor: Tensor) -> Tensor:
@@ -161,20 +160,25 @@ def check_initialized() -> None:
         raise RuntimeError("torch.distributed is not initialized: call torch.distributed.init_process_group() first")
 
 
-def own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """Another group of the same ranks and backend, whose operations have an order of their own; by all of its ranks."""
+def own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroupGloo:
+    """Gloo among the same ranks, with an order of operations of its own; to be called by all of them.
+
+    ``torch.distributed.new_group`` would not do: all ranks of the job must call it equally often, those outside of
+    ``process_group`` too, who know nothing of this.
+    """
     check_initialized()
-    ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
-    return dist.new_group(ranks, backend=_backend(process_group), use_local_synchronization=True)
+    group: Any = process_group or dist.group.WORLD
+    _MADE[group.group_name] += 1
+    store = dist.distributed_c10d._get_default_store()
+    own = PrefixStore(f"hvd_qgenx/{group.group_name}/{_MADE[group.group_name]}", store)
+    return dist.ProcessGroupGloo(own, group.rank(), group.size(), dist.distributed_c10d.default_pg_timeout)
 
 
-def _backend(process_group: dist.ProcessGroup | None) -> str:
-    return str(dist.get_backend_config(process_group))
-
-
-def _device(process_group: dist.ProcessGroup) -> torch.device:
+def _device(process_group: Any) -> torch.device:
     """Where the group's backend takes messages: on the CPU, where they are coded, if it can."""
-    offered = dict(pair.split(":") for pair in _backend(process_group).split(","))
+    if isinstance(process_group, dist.ProcessGroupGloo):
+        return torch.device("cpu")
+    offered = dict(pair.split(":") for pair in str(dist.get_backend_config(process_group)).split(","))
     if offered.get("cpu") in BACKENDS:
         return torch.device("cpu")
     if offered.get("cuda") in BACKENDS:

@@ -59,7 +59,6 @@ def test_many_operations_are_under_way_at_once_and_awaited_in_any_order():
 
 def test_an_own_group_has_the_same_ranks_and_an_order_of_its_own():
     group = own_group(None)
-    assert dist.get_process_group_ranks(group) == list(range(SIZE))
     first, second = TorchTransport(), TorchTransport(group)
     order = [first, second] if RANK else [second, first]  # which one group alone could not take
     flights = {id(transport): transport.allgather(message(RANK, 10), "a") for transport in order}
