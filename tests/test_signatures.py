@@ -138,7 +138,6 @@ def horovod():
         ({"named_parameters": []}, "must name every parameter"),
         ({"compression": "qgenx"}, "compression must be one of"),
         ({"process_set": "all"}, "process_set must be a horovod.torch.ProcessSet"),
-        ({"process_set": None}, "process_set must be a horovod.torch.ProcessSet"),
         ({"overlap": 1}, "overlap must be a bool"),
         ({"hierarchical": "hosts"}, "hierarchical must be a bool or two process sets"),
         ({"hierarchical": (1, 2)}, "process_set must be a horovod.torch.ProcessSet, got 1"),
