@@ -8,7 +8,6 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from hvd_qgenx import Codec, Key, Levels
 from hvd_qgenx.ddp import QGenXState, qgenx_hook
 
-METHODS = ("noop", "allreduce", "fp16", "powersgd_2", "qgenx_4/allgather", "qgenx_4/two_phase")
 SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
 
 
@@ -150,13 +148,9 @@ def gathered(value) -> list:
     return values
 
 
-def merged(make: Callable[[int], list]) -> list:
-    return [list(one) for one in zip(*gathered(make(0)), strict=True)]
-
-
 def result(contender: Contender, numel: int) -> dict:
     """An iteration lasts until the slowest rank is through; CPU time and bytes are means over ranks."""
-    rounds = merged(lambda _: contender.samples)
+    rounds = list(zip(*gathered(contender.samples), strict=True))
     found = {
         "method": contender.method,
         "ms": [1e3 * max(sample[0] for sample in ranks) for ranks in rounds],
