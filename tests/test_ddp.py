@@ -3,6 +3,7 @@
 The programs are those of tests/torchrun; what ranks print is shown if one of them fails.
 """
 
+import csv
 import inspect
 import os
 import subprocess
@@ -76,6 +77,30 @@ def test_the_trainer_runs_by_torchrun_and_says_so(tmp_path):
     )
     assert "2 ranks, launched by torchrun: gradients travel over torch.distributed (gloo)." in out
     assert "Finished, all replicas bit-identical" in out
+
+
+@pytest.mark.parallel
+@pytest.mark.slow
+def test_the_benchmark_of_time_writes_a_row_for_every_hook(tmp_path):
+    """Nothing is said about speed; but allreduce has no error, and fp16 less than 4 bits."""
+    results = tmp_path / "ddp_time.csv"
+    flags = ["--rate", "loopback", "--hosts", "2", "--model", "matrix:60x60", "--rounds", "1", "--results", results]
+    subprocess.run([sys.executable, "benchmarks/ddp_time.py", *flags], cwd=ROOT, check=True, timeout=200)
+    rows = {row["method"]: row for row in csv.DictReader(results.read_text().splitlines())}
+    assert list(rows) == ["noop", "allreduce", "fp16", "powersgd_2", "qgenx_4/allgather", "qgenx_4/two_phase"]
+    errors = [float(rows[method]["relative_error"]) for method in ("allreduce", "fp16", "qgenx_4/allgather")]
+    assert errors == sorted(errors) and errors[0] < 2**-40 and 0.001 < errors[2] < 0.1
+
+
+@pytest.mark.parallel
+@pytest.mark.slow
+def test_the_benchmark_of_the_loss_writes_a_row_for_every_run(tmp_path):
+    results = tmp_path / "ddp_loss.csv"
+    small = ["--iterations", "2", "--width", "4", "--batch", "4", "--seeds", "0", "--data", "digits"]
+    torchrun(2, "benchmarks/ddp_loss.py", *small, "--results", str(results))
+    rows = list(csv.DictReader(results.read_text().splitlines()))
+    assert [row["method"] for row in rows] == ["float32", "qgenx_4"]
+    assert all(0 < float(row["loss"]) < 100 for row in rows)
 
 
 def _has(package):
