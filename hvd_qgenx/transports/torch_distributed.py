@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from hvd_qgenx.transports import Pending, Transport
 
 BACKENDS = ("gloo", "nccl")
+_GROUPS: Any = (dist.ProcessGroup, *([dist.ProcessGroupGloo] if dist.is_gloo_available() else []))
 _MADE: Counter[str] = Counter()
 
 Finish = Callable[[], Tensor]
@@ -89,7 +90,7 @@ class TorchTransport(Transport):
 
     @property
     def included(self) -> bool:
-        return isinstance(self.process_group, dist.ProcessGroup | dist.ProcessGroupGloo)
+        return isinstance(self.process_group, _GROUPS)
 
     def check_started(self) -> None:
         check_initialized()
@@ -167,6 +168,8 @@ def own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroupGloo:
     ``process_group`` too, who know nothing of this.
     """
     check_initialized()
+    if not dist.is_gloo_available():
+        raise RuntimeError("what is coded on the CPU travels by Gloo, which this build of torch does not have")
     group: Any = process_group or dist.group.WORLD
     _MADE[group.group_name] += 1
     store = dist.distributed_c10d._get_default_store()
@@ -176,7 +179,7 @@ def own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroupGloo:
 
 def _device(process_group: Any) -> torch.device:
     """Where the group's backend takes messages: on the CPU, where they are coded, if it can."""
-    if isinstance(process_group, dist.ProcessGroupGloo):
+    if not isinstance(process_group, dist.ProcessGroup):
         return torch.device("cpu")
     offered = dict(pair.split(":") for pair in str(dist.get_backend_config(process_group)).split(","))
     if offered.get("cpu") in BACKENDS:
