@@ -67,7 +67,7 @@ def test_the_gradient_is_what_the_codec_makes_of_all_ranks_gradients(options):
         backward(model, step)
         assert bits(gradients(model)) == bits(decoded_mean(state, own, step))
         descend(model)
-    assert len(cuts) == 3 and all(len(buckets) > 1 for buckets in cuts) and cuts[0] != cuts[2]
+    assert len(cuts) == 3 and len(cuts[2]) > 1 and cuts[0] != cuts[2]
 
 
 def test_the_bits_are_those_of_the_optimizer_under_torchrun():
@@ -250,7 +250,7 @@ def test_ranks_with_other_settings_learn_both():
 
 
 def test_ranks_with_other_buckets_learn_both():
-    model = hooked(QGenXState(), bucket_cap_mb=0.01 if RANK == 0 else 25)
+    model = hooked(QGenXState(), bucket_cap_mb=0.01 if RANK == 0 else 25, find_unused_parameters=True)
     message = error_on_all_ranks(lambda: backward(model, 0))
     assert "rank 0 has exchange=allgather" in message and "DDP's buckets of [" in message
 
