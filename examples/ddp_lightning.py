@@ -1,4 +1,4 @@
-"""The same hook under Lightning, whose DDPStrategy registers it; on GPUs alone, so that on the CPU we do.
+"""The same hook under Lightning, whose DDPStrategy registers it; on GPUs alone, so that on the CPU the module does.
 
 torchrun --nproc-per-node 2 examples/ddp_lightning.py
 """
@@ -7,34 +7,29 @@ import lightning
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-import hvd_qgenx
+from hvd_qgenx.ddp import QGenXState, qgenx_hook
 
-
-state = hvd_qgenx.ddp.QGenXState(bits=4)
+state = QGenXState(bits=4)
 
 
 class Sums(lightning.LightningModule):
-    """Learns to add up 32 numbers."""
-
     def __init__(self):
         super().__init__()
         self.network = torch.nn.Sequential(torch.nn.Linear(32, 256), torch.nn.ReLU(), torch.nn.Linear(256, 1))
 
     def on_train_start(self):
         if self.device.type == "cpu":
-            self.trainer.strategy.model.register_comm_hook(state, hvd_qgenx.ddp.qgenx_hook)
+            self.trainer.strategy.model.register_comm_hook(state, qgenx_hook)
 
     def training_step(self, batch, index):
-        (x,) = batch
-        return (self.network(x) - x.sum(dim=1, keepdim=True)).square().mean()
+        return (self.network(batch[0]) - batch[0].sum(dim=1, keepdim=True)).square().mean()
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
 
 if __name__ == "__main__":
-    lightning.seed_everything(0)
-    strategy = DDPStrategy(ddp_comm_state=state, ddp_comm_hook=hvd_qgenx.ddp.qgenx_hook, process_group_backend="gloo")
+    strategy = DDPStrategy(ddp_comm_state=state, ddp_comm_hook=qgenx_hook, process_group_backend="gloo")
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(6400, 32)), batch_size=64)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, **quiet)

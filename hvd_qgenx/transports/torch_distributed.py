@@ -60,7 +60,8 @@ class _Operation(Pending):
 class TorchTransport(Transport):
     """The ranks of a process group, or of what ``own_group`` made; None is all of them.
 
-    All ranks must start operations in the same order: torch.distributed knows no names.
+    All ranks must start operations in the same order: torch.distributed knows no names. It joins none, so lanes are all
+    alike.
 
     Raises:
         RuntimeError: if torch.distributed is not initialized.
@@ -95,7 +96,7 @@ class TorchTransport(Transport):
     def check_started(self) -> None:
         check_initialized()
 
-    def allgather(self, message: Tensor, name: str) -> Pending:
+    def allgather(self, message: Tensor, name: str, lane: int = 0) -> Pending:
         return self._post(lambda: self._start_allgather(message))
 
     def alltoall(self, messages: Tensor, splits: Tensor, name: str) -> Pending:
