@@ -175,7 +175,8 @@ def own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroupGloo:
     _MADE[group.group_name] += 1
     store = dist.distributed_c10d._get_default_store()
     own = PrefixStore(f"hvd_qgenx/{group.group_name}/{_MADE[group.group_name]}", store)
-    return dist.ProcessGroupGloo(own, group.rank(), group.size(), dist.distributed_c10d.default_pg_timeout)
+    timeout = group._get_backend(group._device_types[0]).options._timeout  # the same patience with a rank that is gone
+    return dist.ProcessGroupGloo(own, group.rank(), group.size(), timeout)
 
 
 def _device(process_group: Any) -> torch.device:
