@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +36,8 @@ from hvd_qgenx.levels import Levels
 from hvd_qgenx.transports.torch_distributed import TorchTransport, check_initialized, own_group
 
 _LOGGER = logging.getLogger("hvd_qgenx")
+#: States of each process group in the order in which they were made, by which its ranks notice that they use others.
+_MADE: Counter[str] = Counter()
 TensorFuture = torch.futures.Future[torch.Tensor]
 
 
@@ -150,7 +152,9 @@ class QGenXState:
 
     def _begin(self, process_group: dist.ProcessGroup | None, memory: dict) -> None:
         self.process_group = process_group
-        self.communication = Communication()
+        group = "" if process_group is None else process_group.group_name
+        _MADE[group] += 1
+        self.communication = Communication(number=_MADE[group])
         self._memory = memory
         self._exchange: StreamedExchange | None = None
         self._index: dict[Tensor, int] = {}
