@@ -162,7 +162,9 @@ def run(train: Callable[[], None], script: str, *expected: type[Exception]) -> i
     try:
         try:
             train()
-        except world.RankLeft:
+        except (TrainingError, *expected):
+            raise
+        except world.other_rank_left():
             # Another rank left. If Ctrl-C was the reason, this rank's own signal is on its way.
             time.sleep(2)
             print(f"{script}: another rank left the job; rank {world.rank()} ends.", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import launch
 import torch
 
 import hvd_qgenx
@@ -102,4 +103,5 @@ def _distributed(flags, optimizer, named_parameters, seed: int):
         named_parameters=named_parameters,
         compression=flags.compression.make(seed),
         exchange=flags.exchange,
+        **launch.optimizer_options(),
     )

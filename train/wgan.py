@@ -5,6 +5,8 @@ On one machine, 3 processes, about 4 minutes on 2 cores:
     horovodrun -np 3 python train/wgan.py --compression qgenx:bits=3      # or none, fp16, fixed8, fixed4, auto
     horovodrun -np 3 python train/wgan.py --optimizer adam --critic-steps 5
     horovodrun -np 3 python train/wgan.py --resume runs/...               # goes on, bit for bit
+By torchrun, without Horovod, it is the same run:
+    torchrun --nproc-per-node 3 train/wgan.py
 The full experiment on three machines that can reach each other by ssh:
     horovodrun -np 3 -H node1:1,node2:1,node3:1 python train/wgan.py --preset paper --device cuda
 
@@ -28,6 +30,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import checkpoint
+import launch
 import numpy as np
 import torch
 import world
@@ -311,7 +314,7 @@ def describe(flags: Namespace, origin: str, game: hvd_qgenx.Game) -> dict:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
-            "horovod": world.VERSION,
+            **world.versions(),
             "hvd_qgenx": hvd_qgenx.__version__,
         },
     }
@@ -372,6 +375,7 @@ def check_size(flags: Namespace) -> None:
 
 
 def train(flags: Namespace) -> None:
+    announce(launch.describe())
     torch.set_num_threads(flags.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size()))
     content = None
     if flags.resume:

@@ -1,75 +1,62 @@
-"""The ranks of a training job: the one place where the scripts of train/ ask Horovod for something.
+"""The ranks of a training job, whoever launched them: what train/wgan.py and its programs ask of each other's ranks.
 
-Every function that takes a name is a collective: all ranks call it, in the same order.
+Every function that takes a name is a collective: all ranks call it, in the same order. launch.py knows the launchers.
 """
 
-import horovod
-import horovod.torch as hvd
+from __future__ import annotations
+
+import launch
 import torch
-from horovod.common.exceptions import HorovodInternalError
+import torch.distributed as dist
+from launch import gather as gather_objects
+from launch import local_rank, local_size, mean, other_rank_left, rank, size, start
+from launch import share as from_first
 
-VERSION = horovod.__version__
-#: What a collective raises when another rank has left.
-RankLeft = HorovodInternalError
-
-
-def start() -> None:
-    hvd.init()
-
-
-def rank() -> int:
-    return hvd.rank()
+__all__ = [
+    "agree", "answer", "ask", "from_first", "gather", "gather_objects", "local_rank", "local_size", "mean",
+    "other_rank_left", "rank", "share_start", "size", "start", "total", "versions",
+]  # fmt: skip
 
 
-def size() -> int:
-    return hvd.size()
-
-
-def local_rank() -> int:
-    return hvd.local_rank()
-
-
-def local_size() -> int:
-    return hvd.local_size()
-
-
-def gather_objects(value, name: str) -> list:
-    """What every rank gave, in the order of ranks."""
-    return hvd.allgather_object(value, name=name)
-
-
-def from_first(value, name: str):
-    """What rank 0 gave."""
-    return hvd.broadcast_object(value, 0, name=name)
+def versions() -> dict[str, str]:
+    return {} if launch.by_torchrun() else {"horovod": launch.horovod().__version__}
 
 
 def gather(rows: torch.Tensor, name: str) -> torch.Tensor:
     """The rows of all ranks, in the order of ranks. They may have different numbers of them."""
-    return hvd.allgather(rows, name=name)
-
-
-def mean(values: torch.Tensor, name: str) -> torch.Tensor:
-    return hvd.allreduce(values, name=name, op=hvd.Average)
+    if launch.by_torchrun():
+        return torch.cat(gather_objects(rows, name))
+    return launch.horovod().allgather(rows, name=name)
 
 
 def total(values: torch.Tensor, name: str) -> torch.Tensor:
-    return hvd.allreduce(values, name=name, op=hvd.Sum)
+    if not launch.by_torchrun():
+        return launch.horovod().allreduce(values, name=name, op=launch.horovod().Sum)
+    values = values.clone()
+    dist.all_reduce(values)
+    return values
 
 
-def ask(flag: bool, name: str) -> int:
+def ask(flag: bool, name: str):
     """Begins to ask whether the flag is set on any rank; ``answer`` ends it, work between the two costs nothing."""
-    return hvd.allreduce_async(torch.tensor([float(flag)]), name=name, op=hvd.Sum)
+    asked = torch.tensor([float(flag)])
+    if launch.by_torchrun():
+        return asked, dist.all_reduce(asked, async_op=True)
+    return launch.horovod().allreduce_async(asked, name=name, op=launch.horovod().Sum)
 
 
-def answer(question: int) -> bool:
-    return bool(hvd.synchronize(question).item())
+def answer(question) -> bool:
+    if not launch.by_torchrun():
+        return bool(launch.horovod().synchronize(question).item())
+    asked, work = question
+    work.wait()
+    return bool(asked.item())
 
 
 def share_start(game: torch.nn.Module, optimizers: list) -> None:
     """Everybody takes over the parameters and the optimizers' states of rank 0."""
-    hvd.broadcast_parameters(game.state_dict(), root_rank=0)
     for optimizer in optimizers:
-        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+        launch.copy_from_first(game.state_dict(), optimizer)
 
 
 def agree(problem: str | None, name: str, error: type[Exception]) -> None:
