@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import launch
 import numpy as np
 import torch
 import world
@@ -167,6 +168,8 @@ def run(train: Callable[[], None], script: str, *expected: type[Exception]) -> i
         except world.other_rank_left():
             # Another rank left. If Ctrl-C was the reason, this rank's own signal is on its way.
             time.sleep(2)
+            if launch.by_torchrun():
+                raise  # there any RuntimeError looks like that one, so that what it says must be seen
             print(f"{script}: another rank left the job; rank {world.rank()} ends.", file=sys.stderr, flush=True)
             return 1
     except KeyboardInterrupt:
