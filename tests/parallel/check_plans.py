@@ -50,6 +50,21 @@ def _exact(gradients):
 
 
 @pytest.mark.parametrize("plan", PLANS)
+def test_every_phase_of_every_part_is_timed_and_a_range_of_torchs_profiler(plan):
+    parameters, optimizer = _optimizer(plan, part_bytes=12_000)
+    for call in range(2):  # levels are fitted, and the means' after them
+        _step(parameters, optimizer, _gradients(call))
+    before = dict(optimizer.communication.seconds)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        _step(parameters, optimizer, _gradients(2))
+    names = [event.name for event in profile.events() if event.name.startswith("hvd_qgenx.")]
+    parts, twice = len(optimizer._exchange._parts()), 2 if plan == "two_phase" else 1
+    assert parts > 1 and names.count("hvd_qgenx.wait") == names.count("hvd_qgenx.decode") == twice * parts
+    assert names.count("hvd_qgenx.encode") == parts * (RANKS + 1 if plan == "two_phase" else 1)
+    assert all(optimizer.communication.seconds[phase] > before[phase] for phase in before)
+
+
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("part_bytes", [0, 2048, 12_000])
 @pytest.mark.parametrize("op", [hvd.Average, hvd.Sum])
 def test_replicas_are_bit_identical_and_near_the_mean_whoever_lacks_what(plan, part_bytes, op):
