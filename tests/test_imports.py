@@ -33,6 +33,7 @@ ROOMS = [
     "backends",
     "codec",
     "adaptation",
+    "drift",
     "communication",
     "transports",
     "transports.hosts",

@@ -17,6 +17,7 @@ RUNS = [
     ("gloo", 3, "check_dropin.py"),
     ("gloo", 3, "check_wrapper.py"),
     ("gloo", 3, "check_adaptation.py"),
+    ("gloo", 2, "check_drift.py"),
     ("gloo", 3, "check_plans.py"),
     ("mpi", 2, "check_plans.py"),
     ("gloo", 3, "check_overlap.py"),

@@ -72,7 +72,7 @@ class AheadExchange(CodedExchange):
             flights = self._send_rest(fused, stage)
         self._count(fused)
         self._departed(flights)
-        return Submitted(fused, self.parts(), flights)
+        return Submitted(fused, self.parts(), flights, stage)
 
     def _send_rest(self, fused: Fused, stage: str) -> list[Flight]:
         """All flights, the last part first; a rank that gave up what it had started sends nothing in the others."""
