@@ -122,7 +122,7 @@ def run(drill: str, bits: int) -> dict:
     for iteration in range(FIFTH + 1):
         vectors = [gradient(drill, rank, iteration) for rank in range(RANKS)]
         if iteration == 0 or drift.refit:
-            drift.refit = False
+            drift.wait()
             if new := refitted(settings, vectors):
                 codec, refits = new, refits + 1
                 drift.start()

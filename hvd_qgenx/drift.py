@@ -82,13 +82,19 @@ class Drift:
     def __init__(self) -> None:
         #: Whether levels, or those of the second rounding, are to be fitted at the next iteration.
         self.refit = self.refit_mean = False
+        #: Whether a fit was due that found nothing to fit to.
+        self.waits = False
         self._free_at = 0
         # Of every kind: the variances of both roundings, how often each deviated just now, shares of the groups.
         self._seen: dict[str, list[float]] = {}
 
     def start(self) -> None:
         """Levels have been fitted."""
-        self.refit, self._seen = False, {}
+        self.refit, self.waits, self._seen = False, False, {}
+
+    def wait(self) -> None:
+        """Levels were to be fitted, and there was nothing to fit them to: the next exchange that has something asks."""
+        self.refit, self.waits = False, True
 
     def start_mean(self) -> None:
         """Those of the second rounding have been fitted."""
@@ -106,7 +112,7 @@ class Drift:
         if symbols == 0 or sums.norm == 0.0:
             return
         if not is_fitted:
-            self.refit = True  # now there is something to fit to
+            self.refit = self.waits
             return
         now, now_mean = _ratio(sums.error, sums.norm), _ratio(sums.mean_error, sums.mean_norm)
         shares = [count / symbols for count in sums.groups]
@@ -131,11 +137,13 @@ class Drift:
     def state_dict(self) -> dict:
         """Plain numbers, equal on all ranks; it changes only when levels are fitted or gradients deviate."""
         seen = {kind: list(values) for kind, values in self._seen.items()}
-        return {"refit": self.refit, "refit_mean": self.refit_mean, "free_at": self._free_at, "seen": seen}
+        flags = {"refit": self.refit, "refit_mean": self.refit_mean, "waits": self.waits}
+        return {**flags, "free_at": self._free_at, "seen": seen}
 
     def load_state_dict(self, state: dict) -> None:
         """Continues exactly."""
-        self.refit, self.refit_mean, self._free_at = state["refit"], state["refit_mean"], state["free_at"]
+        self.refit, self.refit_mean, self.waits = state["refit"], state["refit_mean"], state["waits"]
+        self._free_at = state["free_at"]
         self._seen = {kind: list(values) for kind, values in state["seen"].items()}
 
 
@@ -159,6 +167,9 @@ def _are_unlike(now: Sequence[float], then: Sequence[float], symbols: int, bucke
 
     ``UNLIKE`` of 1 - sum b^2, so that where nearly all are in one group the others count.
     """
-    distance = sum((a - b) * (a - b) / (a + b) for a, b in zip(now, then, strict=True) if a + b)
-    spread = 1.0 - sum(b * b for b in then)
+    distance, spread = 0.0, 1.0
+    # Step by step: Python's own sum rounds otherwise from version 3.12 on.
+    for a, b in zip(now, then, strict=True):
+        distance += (a - b) * (a - b) / (a + b) if a + b else 0.0
+        spread -= b * b
     return distance > UNLIKE * spread + (10.0 + bucket_size / 10.0) / symbols

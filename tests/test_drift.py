@@ -71,8 +71,12 @@ def test_what_cannot_be_judged_is_passed_over():
 
 def test_the_first_gradient_that_is_not_zero_asks_for_the_first_fit():
     drift = Drift()
+    assert not _observe(drift, LIKE, fitted=False), "the schedule has not begun"
+    drift.wait()
     assert not _observe(drift, Sums(), fitted=False) and not _observe(drift, Sums(0.0, 1.0), fitted=False)
     assert _observe(drift, LIKE, fitted=False)
+    drift.start()
+    assert not drift.refit and not drift.waits
 
 
 def test_levels_follow_no_more_often_than_so():

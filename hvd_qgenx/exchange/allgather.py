@@ -60,6 +60,9 @@ class AllgatherFlight(Flight):
     def sums(self) -> list[Sums]:
         return [envelope.sums for envelope in self.arrived.envelopes]
 
+    def coordinates(self) -> int:
+        return sum(map(sum, self.arrived.sizes))
+
     def collect(self, targets: Sequence[Tensor], factor: float) -> tuple[bool, ...]:
         arrived = self.arrived
         with self.messenger.communication.measure("decode"):

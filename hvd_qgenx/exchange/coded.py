@@ -142,7 +142,8 @@ class CodedExchange(Exchange):
         parts = [Statistics.from_message(body.clone().view(torch.int64)) for body in bodies]
         if self.version and not self.settings.adapts(self.iteration):
             self.drift.take(self.iteration)
-        self.next_fit_at, self.drift.refit = 0, False  # without anything to fit to, the next exchange that has will ask
+        self.next_fit_at = 0
+        self.drift.wait()
         if fitted := fit(Statistics.merged(parts), self.settings.bits, self.settings.rate_weight):
             self._use(self.settings.codec(*fitted), self.version + 1)
             self.drift.start()
@@ -152,7 +153,7 @@ class CodedExchange(Exchange):
         """Looks at what all ranks' roundings came to, and asks for other levels at the next iteration if need be."""
         if not self.settings.follows_drift:
             return
-        kind = f"{stage} {sum(sum(flight.sizes()) for flight in flights)}"
+        kind = f"{stage} {sum(flight.coordinates() for flight in flights)}"
         sums = Sums.total(sums for flight in flights for sums in flight.sums())
         self.drift.observe(kind, sums, self.codec, self.iteration, self.version > 0)
         if self.drift.refit_mean and isinstance(self.plan, TwoPhase):

@@ -104,6 +104,10 @@ class Flight(ABC):
         """What all ranks' roundings came to, in rank order; waits for them."""
 
     @abstractmethod
+    def coordinates(self) -> int:
+        """How many all ranks' messages hold, the same number on all of them; waits for them."""
+
+    @abstractmethod
     def collect(self, targets: Sequence[Tensor], factor: float) -> tuple[bool, ...]:
         """Overwrites the targets with the means times ``factor``; says which of them are NaN throughout."""
 
