@@ -54,7 +54,7 @@ class Rehearsal(Transport):
     def check_started(self) -> None:
         """There is nothing to start."""
 
-    def allgather(self, message: Tensor, name: str) -> Pending:
+    def allgather(self, message: Tensor, name: str, lane: int = 0) -> Pending:
         return _Echo(message, self._ranks)
 
     def alltoall(self, messages: Tensor, splits: Tensor, name: str) -> Pending:
@@ -91,7 +91,7 @@ def _even(numel: int, shards: int) -> int:
     return shards * (units // 32 * 32 if units > 32 else units)
 
 
-def _round(exchange: Exchange, vector: Tensor, keep: bool) -> tuple[float, float, float, int, int]:
+def _round(exchange: Exchange, vector: Tensor, keep: bool) -> tuple[float, ...]:
     """Seconds without waiting, those of encoding and decoding, bytes sent, and bytes sent in a second phase."""
     count = exchange.communication
     before = (*count.seconds.values(), count.bytes_sent, count.second_phase_bytes)
