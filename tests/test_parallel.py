@@ -16,6 +16,8 @@ FOLDER = Path(__file__).parent / "parallel"
 RUNS = [
     ("gloo", 3, "check_dropin.py"),
     ("gloo", 3, "check_wrapper.py"),
+    ("gloo", 3, "check_habits.py"),
+    ("gloo", 2, "check_habits.py"),
     ("gloo", 3, "check_adaptation.py"),
     ("gloo", 2, "check_drift.py"),
     ("gloo", 3, "check_plans.py"),

@@ -168,7 +168,7 @@ def test_what_a_peer_says_of_sizes_is_not_believed_where_they_are_known():
     codec = Codec(Levels.uniform(4), bucket_size=16384)
     payload = codec.encode(torch.zeros(10**6), Key(0, 0, 0), sizes=(10**6 - 5, 5), inline=False)
     assert len(payload) < 10**3
-    arrived = Arrived(codec, [], [payload, payload])
+    arrived = Arrived(codec, [], [payload, payload], [0, 1])
     assert arrived.common_sizes((10**6 - 5, 5)) == (10**6 - 5, 5)
     for known in ((10**6, 5), (10**6 - 5,), (0, 0)):
         with pytest.raises(PayloadError, match="sizes are .999995, 5., expected"):

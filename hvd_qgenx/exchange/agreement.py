@@ -21,8 +21,9 @@ def agree(messenger: Messenger, lines: Sequence[str], position: Sequence[int]) -
     text = "\n".join([json.dumps(position), *lines])
     bodies = _gather(messenger, "agreement", text.encode())
     described = [body.decode().split("\n") for body in bodies]
-    for rank, (_, *other) in enumerate(described):
-        _compare_lines(described[0][1:], other, rank)
+    members = messenger.transport.members
+    for rank, (_, *other) in zip(members, described, strict=True):
+        _compare_lines(described[0][1:], other, members[0], rank)
     return [json.loads(first) for first, *_ in described]
 
 
@@ -49,9 +50,11 @@ def _tensor(body: bytes) -> Tensor:
     return torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else nothing
 
 
-def _compare_lines(first: list[str], other: list[str], rank: int) -> None:
+def _compare_lines(first: list[str], other: list[str], leader: int, rank: int) -> None:
     for mine, theirs in zip(first, other, strict=False):
         if mine != theirs:
-            raise DisagreementError(f"ranks disagree: rank 0 has {mine}, rank {rank} has {theirs}")
+            raise DisagreementError(f"ranks disagree: rank {leader} has {mine}, rank {rank} has {theirs}")
     if len(first) != len(other):
-        raise DisagreementError(f"ranks disagree: rank 0 describes {len(first)} things, rank {rank} {len(other)}")
+        raise DisagreementError(
+            f"ranks disagree: rank {leader} describes {len(first)} things, rank {rank} {len(other)}"
+        )

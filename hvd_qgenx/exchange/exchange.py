@@ -180,6 +180,10 @@ class Exchange(ABC):
         """
         self.description, self.sizes, self._agreed = list(lines), tuple(sizes), False
 
+    def identify(self, number: int) -> None:
+        """From here on, messages say that they belong to the optimizer of this number."""
+        self.communication.number = number
+
     def settings_lines(self) -> list[str]:
         """The exchange's own settings, a line each."""
         return []

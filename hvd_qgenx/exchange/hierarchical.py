@@ -68,6 +68,10 @@ class HierarchicalExchange(Exchange):
         self.within.describe([], [torch.float32], sizes)
         self.across.describe([], dtypes, sizes)
 
+    def identify(self, number: int) -> None:
+        super().identify(number)
+        self.within.identify(number)
+
     def fuse(self, tensors: Sequence[Tensor | None]) -> Fused:
         return self.within.fuse(tensors)
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.drift import Sums
+from hvd_qgenx.identity import label_of
 from hvd_qgenx.transports import Pending, Transport
 
 MAGIC, VERSION = b"QGXM", 2
 STAGES = (
-    "step", "extrapolation", "agreement", "state", "adaptation", "vectors", "refusal", "void", "measurement",
+    "step", "extrapolation", "agreement", "state", "adaptation", "vectors", "refusal", "void", "measurement", "rows",
 )  # fmt: skip
 
 # Lengths that change at every step would evict Horovod's response cache, so messages are padded to classes of this
@@ -112,35 +113,49 @@ def unseal(message: Tensor, rank: int) -> tuple[Envelope, Tensor, int]:
     return envelope, message[ENVELOPE_BYTES:size], min(size_class(size), len(message))
 
 
-def split(gathered: Tensor) -> tuple[list[Envelope], list[Tensor]]:
-    """The messages in an allgather's output, in rank order, each found by the length in its envelope."""
+def split(gathered: Tensor, ranks: Sequence[int] = ()) -> tuple[list[Envelope], list[Tensor]]:
+    """The messages in an allgather's output, in rank order, each found by the length in its envelope.
+
+    Args:
+        gathered: uint8[n].
+        ranks: the senders' numbers in the whole job, for messages; those that are not given are counted from 0.
+    """
     envelopes: list[Envelope] = []
     bodies: list[Tensor] = []
     start = 0
     while start < len(gathered):
-        envelope, body, taken = unseal(gathered[start:], len(bodies))
+        sender = ranks[len(bodies)] if len(bodies) < len(ranks) else len(bodies)
+        envelope, body, taken = unseal(gathered[start:], sender)
         envelopes.append(envelope)
         bodies.append(body)
         start += taken
     return envelopes, bodies
 
 
-def compare(envelopes: Sequence[Envelope], ranks: int) -> None:
-    """Raises DisagreementError unless so many ranks are at the same exchange."""
-    if len(envelopes) != ranks:
-        raise DisagreementError(f"{len(envelopes)} messages arrived, from {ranks} ranks")
-    first = envelopes[0]
-    for rank, other in enumerate(envelopes):
-        if other.number != first.number:
+def compare(envelopes: Sequence[Envelope], ranks: Sequence[int]) -> None:
+    """Raises DisagreementError unless all ranks are at the same exchange.
+
+    Args:
+        envelopes: of all ranks.
+        ranks: their numbers in the whole job, for the message.
+    """
+    if len(envelopes) != len(ranks):
+        raise DisagreementError(f"{len(envelopes)} messages arrived, from {len(ranks)} ranks")
+    first, leader = envelopes[0], ranks[0]
+    for rank, other in zip(ranks, envelopes, strict=True):
+        # Those that agree compare words beside their envelopes, which say more than a number does.
+        agree = "agreement" in (first.stage, other.stage)
+        if other.number != first.number and not agree:
             raise DisagreementError(
-                f"ranks use different optimizers or compressors: rank 0 the {first.number}. that it made, "
-                f"rank {rank} its {other.number}.; all ranks must make and use them in the same order"
+                f"ranks use different optimizers or compressors: rank {leader} {label_of(first.number)}, "
+                f"rank {rank} {label_of(other.number)}; all ranks must use them in the same order, and those that "
+                "belong together need the same names and shapes, or the same name="
             )
         if (other.step, other.stage) != (first.step, first.stage):
-            raise DisagreementError(f"ranks are out of step: rank 0 is at {first}, rank {rank} at {other}")
+            raise DisagreementError(f"ranks are out of step: rank {leader} is at {first}, rank {rank} at {other}")
         if (other.part, other.phase) != (first.part, first.phase):
             raise DisagreementError(
-                f"ranks are out of step: rank 0 sent part {first.part} of phase {first.phase} of {first}, "
+                f"ranks are out of step: rank {leader} sent part {first.part} of phase {first.phase} of {first}, "
                 f"rank {rank} part {other.part} of phase {other.phase}"
             )
 
@@ -171,8 +186,9 @@ class Messenger:
 
     def finish(self, pending: Pending) -> tuple[list[Envelope], list[Tensor]]:
         """All ranks' envelopes and bodies. Raises DisagreementError if they are not at the same exchange."""
-        envelopes, bodies = split(self.wait(pending))
-        compare(envelopes, self.transport.size)
+        members = self.transport.members
+        envelopes, bodies = split(self.wait(pending), members)
+        compare(envelopes, members)
         return envelopes, bodies
 
     def wait(self, pending: Pending) -> Tensor:

@@ -45,6 +45,11 @@ class Transport(ABC):
         """This rank's place among all ranks of the job."""
 
     @property
+    def members(self) -> list[int]:
+        """The places of all that take part among all ranks of the job, in their order."""
+        return list(range(self.size))
+
+    @property
     @abstractmethod
     def included(self) -> bool:
         """Whether this rank takes part."""

@@ -62,6 +62,10 @@ class HorovodTransport(Transport):
         return hvd.rank()
 
     @property
+    def members(self) -> list[int]:
+        return list(self.process_set.ranks) if self.included else [self.global_rank]
+
+    @property
     def included(self) -> bool:
         return self.process_set.included()
 
@@ -98,6 +102,10 @@ class _Leaders(HorovodTransport):
     @property
     def size(self) -> int:
         return self.hosts
+
+    @property
+    def members(self) -> list[int]:
+        return list(self.process_set.ranks)
 
 
 class Hosts(NamedTuple):
