@@ -174,8 +174,8 @@ class DistributedOptimizer(_Materialising):
         if process_group is not None and (overlap or hierarchical is not False or process_set is not None):
             raise ValueError("process_group goes without process_set, overlap and hierarchical, which need Horovod")
         self._how = _How(
-            compression, _unless_all(process_set), _unless_world(process_group), op, gradient_predivide_factor, exchange,
-            overlap, hierarchical, timeout,
+            compression, _unless_all(process_set), _unless_world(process_group), op, gradient_predivide_factor,
+            exchange, overlap, hierarchical, timeout,
         )  # fmt: skip
         self._inherited: dict | None = None
         self._start_over()

@@ -36,6 +36,7 @@ ROOMS = [
     "backends",
     "codec",
     "adaptation",
+    "drift",
     "communication",
     "transports",
     "transports.waiting",

@@ -46,6 +46,7 @@ class StreamedExchange(CodedExchange):
         self.communication.coordinates += sum(self.sizes)
         for flight in flights:
             self._landed(flight)
+        self.watch(flights, STAGE)
         self._departed(flights)
 
     def _pair(self, part: int, tensors: Sequence[Tensor]):
