@@ -88,7 +88,8 @@ DEVICE int write_fixed(const Book &book, const unsigned *names, int count, const
         bits |= (unsigned long long)number << filled;
         filled += book.width;
         if (filled < 32) continue;
-        words[place++] = unsigned(bits);
+        if (32 * place < count * book.width) words[place] = unsigned(bits); /* there is no room behind the bucket */
+        place++;
         bits >>= 32;
         filled -= 32;
     }

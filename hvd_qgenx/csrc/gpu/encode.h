@@ -48,9 +48,13 @@ DEVICE void count_few(const Counts &own, int lane, unsigned *counts) {
     if (lane < 8) atomicAdd(counts + lane, unsigned((lane & 1 ? odd : even) >> 16 * (lane >> 1) & 0xFFFF));
 }
 
+DEVICE float with_sign_of(float value, float magnitude) {
+    return __uint_as_float((__float_as_uint(value) & 0x80000000u) | __float_as_uint(magnitude));
+}
+
 /* Rounds a group's coordinates; their names, or words, go to the rows, and v becomes what rounding adds to it. */
 template <Search SEARCH, bool WIDE>
-DEVICE void round_tile(const EncodeJob &job, const Rounding &r, float *v, float norm, int count, const Tables &tables,
+DEVICE void round_tile(const Rounding &r, float *v, float norm, int count, const Tables &tables,
                        unsigned *counts, const Group<WIDE> &group, unsigned char *rows) {
     Counts few;
     int left = count - (WIDE ? TILE * group.warp : 0) - group.lane;
@@ -68,7 +72,7 @@ DEVICE void round_tile(const EncodeJob &job, const Rounding &r, float *v, float 
             else if (32 * (t + i) < left)
                 atomicAdd(counts + index, 1u);
             float decoded = __fmul_rn(tables.levels[index], norm);
-            v[t + i] = __fsub_rn(__uint_as_float(__float_as_uint(value) & 0x80000000u | __float_as_uint(decoded)), value);
+            v[t + i] = __fsub_rn(with_sign_of(value, decoded), value);
         }
     }
     if (SEARCH == Search::ANY) return;
@@ -123,7 +127,7 @@ DEVICE int write_few(const Book &book, const unsigned *bytes, int count, const G
 }
 
 /* Whether a bucket of this norm has a code at all. */
-DEVICE bool has_code(float norm) { return true; }
+DEVICE bool has_code(float) { return true; }
 
 template <Search SEARCH, bool WIDE>
 DEVICE void encode_bucket(const EncodeJob &job, long long bucket, const Group<WIDE> &group, const Room &room,
@@ -140,7 +144,7 @@ DEVICE void encode_bucket(const EncodeJob &job, long long bucket, const Group<WI
     Rounding r{job.book, tables.levels, tables.gaps, 1.0f, 1.0f, 0, 0};
     set_norm(r, coded ? norm : 1.0f);
     set_counter(r, job.key, place.position, group);
-    round_tile<SEARCH>(job, r, v, norm, place.count, tables, counts, group, room.rows + 32 * ROW * (WIDE ? group.warp : 0));
+    round_tile<SEARCH>(r, v, norm, place.count, tables, counts, group, room.rows + 32 * ROW * (WIDE ? group.warp : 0));
     double error = squares_of(v, group, room.carry);
     if (group.rank() == 0) {
         job.norms[bucket] = norm;
