@@ -22,7 +22,8 @@
 #define QGENX_EMULATED
 #define DEVICE static inline
 #define DEVICE_MEMBER inline
-#define KERNEL(threads) static void
+#define KERNEL static void
+#define WIDE_KERNEL static void
 #define JOB(type) const type &
 #define SHARED_BYTES(name) unsigned char *name = emulated::block.shared
 #define ADD_LONG(at, value) (*(at) += (value))

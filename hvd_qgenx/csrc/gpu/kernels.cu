@@ -6,7 +6,8 @@
 #ifndef QGENX_EMULATED
 #define DEVICE __device__ __forceinline__
 #define DEVICE_MEMBER __device__ __forceinline__
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define KERNEL extern "C" __global__ void __launch_bounds__(32 * WARPS, 5)             /* at most 96 registers */
+#define WIDE_KERNEL extern "C" __global__ void __launch_bounds__(32 * (MOST_WARPS + 4)) /* the same */
 #define JOB(type) const __grid_constant__ type
 #define SHARED_BYTES(name) extern __shared__ __align__(16) unsigned char name[]
 #define ADD_LONG(at, value) atomicAdd(reinterpret_cast<unsigned long long *>(at), (unsigned long long)(value))
@@ -88,27 +89,27 @@ DEVICE void encode(const EncodeJob &job, unsigned char *shared) {
     add_counts(job, *tables);
 }
 
-KERNEL(32 * WARPS) encode_uniform(JOB(EncodeJob) job) {
+KERNEL encode_uniform(JOB(EncodeJob) job) {
     SHARED_BYTES(shared);
     encode<Search::UNIFORM, false>(job, shared);
 }
 
-KERNEL(32 * WARPS) encode_few(JOB(EncodeJob) job) {
+KERNEL encode_few(JOB(EncodeJob) job) {
     SHARED_BYTES(shared);
     encode<Search::FEW, false>(job, shared);
 }
 
-KERNEL(32 * WARPS) encode_any(JOB(EncodeJob) job) {
+KERNEL encode_any(JOB(EncodeJob) job) {
     SHARED_BYTES(shared);
     encode<Search::ANY, false>(job, shared);
 }
 
-KERNEL(32 * MOST_WARPS) encode_wide(JOB(EncodeJob) job) {
+WIDE_KERNEL encode_wide(JOB(EncodeJob) job) {
     SHARED_BYTES(shared);
     encode<Search::ANY, true>(job, shared);
 }
 
-KERNEL(32 * WARPS) gather(JOB(GatherJob) job) {
+KERNEL gather(JOB(GatherJob) job) {
     long long bucket = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
     if (bucket < job.num_buckets) gather_bucket(job, bucket, int(threadIdx.x % 32));
 }
@@ -140,34 +141,34 @@ DEVICE void decode(const DecodeJob &job, unsigned char *shared) {
     if (bucket < job.num_buckets) decode_bucket<FEW>(job, bucket, group, room, all + marks * own, *values);
 }
 
-KERNEL(32 * WARPS) decode_few(JOB(DecodeJob) job) {
+KERNEL decode_few(JOB(DecodeJob) job) {
     SHARED_BYTES(shared);
     decode<true, false>(job, shared);
 }
 
-KERNEL(32 * WARPS) decode_any(JOB(DecodeJob) job) {
+KERNEL decode_any(JOB(DecodeJob) job) {
     SHARED_BYTES(shared);
     decode<false, false>(job, shared);
 }
 
-KERNEL(32 * MOST_WARPS) decode_wide(JOB(DecodeJob) job) {
+WIDE_KERNEL decode_wide(JOB(DecodeJob) job) {
     SHARED_BYTES(shared);
     decode<false, true>(job, shared);
 }
 
-KERNEL(32 * WARPS) norms(JOB(MeasureJob) job) {
+KERNEL norms(JOB(MeasureJob) job) {
     long long bucket = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
     if (bucket < job.num_buckets) norm_bucket(job, bucket, int(threadIdx.x % 32));
 }
 
-KERNEL(32 * WARPS) histogram(JOB(MeasureJob) job) {
+KERNEL histogram(JOB(MeasureJob) job) {
     SHARED_BYTES(shared);
     unsigned *bins = reinterpret_cast<unsigned *>(shared) + (NUM_BINS + 3) * (threadIdx.x / 32);
     long long bucket = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
     if (bucket < job.num_buckets) histogram_bucket(job, bucket, int(threadIdx.x % 32), bins);
 }
 
-KERNEL(32 * WARPS) moments(JOB(MeasureJob) job) {
+KERNEL moments(JOB(MeasureJob) job) {
     long long bucket = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
     if (bucket < job.num_buckets) moments_bucket(job, bucket, int(threadIdx.x % 32));
 }
