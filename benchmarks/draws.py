@@ -5,7 +5,8 @@
     python benchmarks/draws.py --battery                          # runs TESTS on both and writes results/draws.csv
 
 The stream is that of 32-bit hashes of docs/wire_format.md, written once more in NumPy; tests/test_quantize.py holds the
-reference to the same formula. Every hash gives two draws of 16 bits.
+reference to the same formula. Every hash serves two draws, its halves
+swapped in one of them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def by_position() -> Iterator[np.ndarray]:
     from hvd_qgenx import Key
 
     for step in range(2**32):
-        word0, word1 = np.array(Key(0, 0, step).words, dtype=np.uint32)
+        word0, word1 = np.array(Key(0, 0, step).pair, dtype=np.uint32)
         for first in range(0, 2**29, BLOCK):
             yield hashes(np.arange(first, first + BLOCK, dtype=np.uint32), word0, word1)
 
@@ -48,7 +49,7 @@ def by_step() -> Iterator[np.ndarray]:
     from hvd_qgenx import Key
 
     for first in range(0, 2**62, BLOCK // 8):
-        words = [Key(0, 0, step).words for step in range(first, first + BLOCK // 8)]
+        words = [Key(0, 0, step).pair for step in range(first, first + BLOCK // 8)]
         word0, word1 = np.array(words, dtype=np.uint32).T
         yield hashes(np.zeros(len(words), dtype=np.uint32), word0, word1)
 

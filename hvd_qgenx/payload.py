@@ -21,7 +21,7 @@ from hvd_qgenx.layout import Layout
 from hvd_qgenx.levels import NORMS, Levels
 
 MAGIC = b"QGNX"
-VERSION = 3
+VERSION = 4
 INLINE = 1  # the flag of a payload that brings its codebook
 
 #: The fields of a header, in the order of the bytes, and the format of each as in ``struct``.

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hvd_qgenx import Codec, Key, Levels, PayloadError
 from hvd_qgenx.backends.specification.payload import crc32c
 from hvd_qgenx.codebook import CODERS
+from hvd_qgenx.payload import VERSION
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -130,7 +131,8 @@ def _hostile(sizes: bytes, norms: bytes, lengths: bytes, coded: bytes, numel: in
     """A payload with inline levels (0, 1), the given sections and a right checksum."""
     tail = struct.pack("<f", 1.0) + bytes([2, 1, 2] if coder == 4 else [0, 0, 0]) + sizes + norms + lengths + coded
     fixed = struct.Struct("<4sHBBBBHQQIIIQQIIQ")
-    head = (b"QGNX", 3, 1, 0, coder, 1, 0, fixed.size + len(tail) + 4, numel, len(sizes) // 8, 0, 16384, 0, 0, 0, 0, 0)
+    size = fixed.size + len(tail) + 4
+    head = (b"QGNX", VERSION, 1, 0, coder, 1, 0, size, numel, len(sizes) // 8, 0, 16384, 0, 0, 0, 0, 0)
     return _signed(fixed.pack(*head) + tail)
 
 

@@ -35,16 +35,15 @@ def test_l2_norm_adds_in_the_documented_order():
     while len(lanes) > 1:
         half = len(lanes) // 2
         lanes = [lanes[j] + lanes[j + half] for j in range(half)]
-    exact = math.sqrt(lanes[0])
-    rounded = torch.tensor(exact, dtype=torch.float64).float()
-    expected = rounded if rounded.double() >= exact else rounded.nextafter(torch.tensor(math.inf))
-    assert rounding.l2_norms(row)[0] == expected
+    norm = rounding.l2_norms(row)[0]
+    below = norm.nextafter(torch.tensor(0.0))
+    assert float(below.double()) ** 2 < lanes[0] <= float(norm.double()) ** 2
 
 
 def _stream(key, numel):
     """The draws of one vector in buckets of 1024."""
     buckets = Buckets.cut(Layout((numel,)))
-    return rounding.draws(key.pair, buckets.starts, buckets.lengths, 16)
+    return rounding.draws(key.pair, buckets.starts, buckets.lengths)
 
 
 def test_draws_are_those_of_the_integer_formula():
@@ -57,11 +56,9 @@ def test_draws_are_those_of_the_integer_formula():
             x = (x ^ x >> 16) * 0x7FEB352D % 2**32
             x = ((x ^ x >> 15) + pair[1] + (start >> 32) * 0x9E3779B9) % 2**32 * 0x846CA68B % 2**32
             x ^= x >> 16
-            expected.append(x >> 16 if i & 8 else x % 2**16)
-    for bits in (16, 15):
-        drawn = rounding.draws(pair, torch.tensor(starts), torch.tensor(lengths), bits)
-        assert drawn.tolist() == [draw >> 16 - bits for draw in expected]
-    assert expected[:3] == [62853, 58752, 24541]
+            expected.append(x if i & 8 else (x % 2**16) * 2**16 + x // 2**16)
+    assert rounding.draws(pair, torch.tensor(starts), torch.tensor(lengths)).tolist() == expected
+    assert [draw >> 16 for draw in expected[:3]] == [62853, 58752, 24541]
 
 
 def test_the_pair_of_a_key_is_that_written_down():
@@ -73,9 +70,10 @@ def test_draws_are_even_and_independent_of_rank_step_stream_and_neighbour():
     streams = [_stream(Key(0, r, t, s), n).double() for r, t, s in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
     for stream in streams:
         # 256 cells of 4096 expected: chi-squared has mean 255 and deviation 22.6; 6 deviations.
-        counts = torch.histc(stream, 256, 0, 2**16)
-        assert abs(((counts - n / 256) ** 2 / (n / 256)).sum() - 255) < 6 * 22.6
-    unit = [(stream - 32767.5) / 18918.6 for stream in streams]
+        for part in (stream, stream % 2**16 * 2**16):  # the halves that decide, and those behind them
+            counts = torch.histc(part, 256, 0, 2**32)
+            assert abs(((counts - n / 256) ** 2 / (n / 256)).sum() - 255) < 6 * 22.6
+    unit = [(stream - 2**31) / (2**32 / math.sqrt(12)) for stream in streams]
     pairs = [(unit[0], other) for other in unit[1:]] + [(unit[0][:-lag], unit[0][lag:]) for lag in (1, 2, 16)]
     for first, second in pairs:
         assert abs((first * second).mean()) * math.sqrt(len(first)) < 5.0  # 5 deviations of a product's mean
@@ -95,8 +93,8 @@ def test_rounding_is_unbiased(levels, norm):
         total += as_received(codec, vector.repeat(repeats), Key(5, step % 3, step)).view(repeats, d).double().sum(0)
     deviation = _deviation(vector, levels, norm)
     error = (total / (8 * repeats) - vector.double()).abs()
-    # z below 5 for 64 coordinates: false alarm 4e-5 a case; 2**-17 of a gap is the documented resolution.
-    assert (error <= 5 * deviation / math.sqrt(8 * repeats) + 2.0**-17 * float(vector.norm())).all()
+    # z below 5 for 64 coordinates: false alarm 4e-5 a case; the largest of a bucket may be a level to the last place.
+    assert (error <= 5 * deviation / math.sqrt(8 * repeats) + 2.0**-22 * float(vector.norm())).all()
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -105,10 +103,11 @@ def test_rounding_is_unbiased(levels, norm):
     [Levels.uniform(2), Levels.uniform(4), Levels.uniform(7), Levels.uniform(8), Levels.exponential(4),
      Levels.exponential(8), Levels((0.0, 0.011, 0.3, 1.0))],
 )  # fmt: skip
-def test_the_bias_is_below_two_to_the_minus_b_of_a_gap(levels, norm):
+def test_the_bias_is_that_of_float32_alone(levels, norm):
     """Exactly, for 65,536 coordinates: the number of draws that round one up is found by halves."""
     vector = torch.randn(65536, generator=torch.Generator().manual_seed(1))
-    buckets, bits = Buckets.cut(Layout((len(vector),))), rounding.draw_bits(levels)
+    vector[::2] *= 1e-6
+    buckets, bits = Buckets.cut(Layout((len(vector),))), 32
     norms = bucket_norms(vector, buckets, norm)
 
     def index(draw):
@@ -124,7 +123,8 @@ def test_the_bias_is_below_two_to_the_minus_b_of_a_gap(levels, norm):
     exact = (vector.double().abs() / norms.double()[buckets.bucket_of]).clamp(max=1.0)
     gap = (table[above] - table[lower]).clamp(min=float((table[1:] - table[:-1]).min()))
     # An element on a level's float32 edge may count to the interval above it: its gap is that of its neighbour then.
-    assert float(((mean - exact).abs() / gap).max()) < 2.0**-bits
+    resolution = 2.0 ** -(rounding.draw_bits(levels) + 1)
+    assert float((((mean - exact).abs() - 2.0**-21 * exact) / gap).max()) <= resolution
 
 
 def _deviation(vector, levels, norm):

@@ -88,20 +88,22 @@ inline __m256i symbols_at(const Rounding &r, const float *values, __m256 x, __m2
         x = _mm256_mul_ps(x, pick<SEARCH>(r.gaps, r.code.inverse_gaps, j));
         if (SEARCH == Search::SLOTS) x = _mm256_mul_ps(x, r.unit);
     }
+    /* 2^31 has no place among the integers of cvtps, which then gives the very bits of it */
     __m256i index = _mm256_srli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(x), draw), BITS);
     index = _mm256_add_epi32(index, j);
     return _mm256_sign_epi32(index, load(values));
 }
 
-/* 16 elements; each hash has the draws of two. */
+/* 16 elements; each hash has the draws of two, the first by its halves swapped. */
 template <Search SEARCH, int BITS>
 inline __m256i round_16(const Rounding &r, const float *values, __m256i hash) {
-    const __m256i low = _mm256_set1_epi32((1 << BITS) - 1);
+    const __m256i swap =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    __m256i swapped = _mm256_shuffle_epi8(hash, swap);
     __m256 a = scaled(r, values), b = scaled(r, values + 8);
     Pair j = levels_below<SEARCH>(r, a, b);
-    return _mm256_packs_epi32(
-        symbols_at<SEARCH, BITS>(r, values, a, j.a, _mm256_and_si256(_mm256_srli_epi32(hash, 16 - BITS), low)),
-        symbols_at<SEARCH, BITS>(r, values + 8, b, j.b, _mm256_srli_epi32(hash, 32 - BITS)));
+    return _mm256_packs_epi32(symbols_at<SEARCH, BITS>(r, values, a, j.a, _mm256_srli_epi32(swapped, 32 - BITS)),
+                              symbols_at<SEARCH, BITS>(r, values + 8, b, j.b, _mm256_srli_epi32(hash, 32 - BITS)));
 }
 
 /* 32 elements; `counter` counts their draws. */
@@ -129,8 +131,18 @@ void round_all(const Rounding &r, const float *values, int n, int8_t *symbols) {
     round_32<SEARCH, BITS>(r, rest, counter, symbols + i);
 }
 
+/* Evenly spaced levels leave as many bits to the draw as their number does not take. */
+void round_uniform(const Rounding &r, const float *values, int n, int8_t *symbols) {
+    constexpr Search UNIFORM = Search::UNIFORM;
+    using Run = void (*)(const Rounding &, const float *, int, int8_t *);
+    static const Run runs[] = {round_all<UNIFORM, 24>, round_all<UNIFORM, 25>, round_all<UNIFORM, 26>,
+                               round_all<UNIFORM, 27>, round_all<UNIFORM, 28>, round_all<UNIFORM, 29>,
+                               round_all<UNIFORM, 30>};
+    runs[r.code.draw_bits - 24](r, values, n, symbols);
+}
+
 void round_values(const Code &code, const float *values, int n, float norm, const Draws &draws, int8_t *symbols) {
-    float unit = float(1 << code.draw_bits), top = float(code.num_levels) * unit;
+    float unit = float(1u << code.draw_bits), top = float(code.num_levels) * unit;
     bool uniform = code.search == Search::UNIFORM;
     Rounding r{code,
                _mm256_set1_ps(uniform ? top / norm : 1.0f / norm),
@@ -142,19 +154,16 @@ void round_values(const Code &code, const float *values, int n, float norm, cons
                {_mm256_set1_epi32(int(draws.key[0] + uint32_t(draws.position))),
                 _mm256_set1_epi32(int(draws.key[1] + uint32_t(draws.position >> 32) * 0x9E3779B9u))}};
     for (int i = 0; i < 6; i++) r.short_levels[i] = _mm256_set1_epi16(code.short_levels[i]);
-    bool all_bits = code.draw_bits == 16; /* as with at most 63 levels */
     switch (code.search) {
         case Search::UNIFORM:
-            return all_bits ? round_all<Search::UNIFORM, 16>(r, values, n, symbols)
-                            : round_all<Search::UNIFORM, 15>(r, values, n, symbols);
+            return round_uniform(r, values, n, symbols);
         case Search::SHORT:
-            return round_all<Search::SHORT, 16>(r, values, n, symbols);
+            return round_all<Search::SHORT, 31>(r, values, n, symbols);
         case Search::EIGHT:
-            return round_all<Search::EIGHT, 16>(r, values, n, symbols);
+            return round_all<Search::EIGHT, 31>(r, values, n, symbols);
         case Search::SIXTEEN:
-            return round_all<Search::SIXTEEN, 16>(r, values, n, symbols);
+            return round_all<Search::SIXTEEN, 31>(r, values, n, symbols);
         case Search::SLOTS:
-            return all_bits ? round_all<Search::SLOTS, 16>(r, values, n, symbols)
-                            : round_all<Search::SLOTS, 15>(r, values, n, symbols);
+            return round_all<Search::SLOTS, 31>(r, values, n, symbols);
     }
 }

@@ -102,15 +102,28 @@ static const char *decode_bucket(const Code &code, const uint8_t *bytes, int siz
     return nullptr;
 }
 
-/* ---- norms that need scaling, and the tail of a bucket ----------------------------------------------------------- */
+/* ---- norms that are small or large, and the tail of a bucket ------------------------------------------------------ */
+
+/* Between what receivers will compute of the levels: where that is subnormal it may be far from l_j norm. All is
+ * multiplied by 2^80, which changes no bit. */
+static void round_small(const Code &code, const float *values, int n, float norm, const Draws &draws, int8_t *symbols) {
+    float table[QGENX_MAX_LEVELS + 2];
+    int s = code.num_levels;
+    for (int j = 0; j <= s; j++) table[j] = code.levels[j] * norm * 0x1p80f;
+    table[s + 1] = INFINITY;
+    for (int i = 0; i < n; i++) {
+        float magnitude = fabsf(values[i]) * 0x1p80f;
+        int j = int(std::upper_bound(table, table + s + 1, magnitude) - table) - 1;
+        float x = (magnitude - table[j]) * (1.0f / (table[j + 1] - table[j])) * 0x1p31f;
+        int index = j + rounded(x, draws.of(i), 31);
+        symbols[i] = int8_t(values[i] < 0.0f ? -index : index);
+    }
+}
 
 static void round_bucket(const Code &code, const float *values, int n, float norm, const Draws &draws, int8_t *symbols,
                          Scratch &scratch) {
     memset(symbols + (n & ~63), 0, 64);
-    if (norm == 0.0f) {
-        memset(symbols, 0, size_t(n));
-        return;
-    }
+    if (norm < SMALL_NORM) return round_small(code, values, n, norm, draws, symbols);
     float scale = scale_of(norm);
     if (scale != 1.0f) {
         for (int i = 0; i < n; i++) scratch.scaled[size_t(i)] = values[i] * scale;

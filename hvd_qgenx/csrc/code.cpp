@@ -152,7 +152,6 @@ const char *prepare_levels(const qgenx_codebook &book, Code &code) {
         if (!(gap >= 0x1p-126f)) return "levels do not rise by at least 2**-126";
         code.inverse_gaps[j] = 1.0f / gap;
     }
-    code.draw_bits = s > 63 ? 15 : 16; /* more would not fit float32's 24 bits beside the index */
     return nullptr;
 }
 
@@ -162,10 +161,10 @@ bool is_uniform(const Code &code) {
     return true;
 }
 
-/* Whether no gap is so small that its inverse times 2^16 might not be finite. */
+/* Whether no gap is so small that its inverse times 2^31 might not be finite. */
 bool has_wide_gaps(const Code &code) {
     for (int j = 0; j < code.num_levels; j++)
-        if (code.levels[j + 1] - code.levels[j] < 0x1p-100f) return false;
+        if (code.levels[j + 1] - code.levels[j] < 0x1p-90f) return false;
     return true;
 }
 
@@ -203,9 +202,10 @@ void prepare_slots(Code &code) {
 /* Chooses how levels are searched, and makes the tables for that way alone. */
 void prepare_search(Code &code) {
     code.search = search_of(code);
+    code.draw_bits = code.search == Search::UNIFORM ? 31 - bit_length(uint32_t(code.num_levels)) : 31;
     if (code.search == Search::UNIFORM) return;
     if (code.search == Search::SLOTS) return prepare_slots(code);
-    for (int j = 0; j < code.num_levels; j++) code.unit_gaps[j] = code.inverse_gaps[j] * float(1 << code.draw_bits);
+    for (int j = 0; j < code.num_levels; j++) code.unit_gaps[j] = code.inverse_gaps[j] * float(1u << code.draw_bits);
     for (int j = 1; j < 7 && code.search == Search::SHORT; j++)
         code.short_levels[j - 1] = j < code.num_levels ? int16_t(int(bits_of(code.levels[j]) >> 16) - 1) : INT16_MAX;
 }

@@ -28,7 +28,7 @@ enum class Search {
     SHORT,   /* at most seven levels whose lower 16 bits are zeros: by comparing upper halves, 16 at once */
     EIGHT,   /* at most 8: by comparing; gaps in one vector, times 2^draw_bits */
     SIXTEEN, /* at most 15: the same with two vectors */
-    SLOTS    /* all others, and those with a gap below 2^-100: from where `start` says on */
+    SLOTS    /* all others, and those with a gap below 2^-90: from where `start` says on */
 };
 
 struct Code {
@@ -55,7 +55,7 @@ struct Code {
     int8_t short_symbols[16] = {};
     std::vector<Longer> longer;
 
-    int draw_bits = 16;
+    int draw_bits = 31; /* 31 behind each level, or behind 0 if they are evenly spaced */
     float levels[128] = {};
     float inverse_gaps[128] = {}; /* of the gap above each level */
     Search search = Search::SLOTS;

@@ -74,12 +74,24 @@ struct Stream {
 
     const char *decode(const Kernels &kernels, int n, float *out, Scratch &scratch) {
         uint64_t size = payload.bytes_of(bucket, n);
+        float norm = payload.norm_of(bucket++);
+        if (!has_code(norm)) {
+            if (size) return "a bucket of norm 0 or NaN that has code";
+            add_all(norm, n, out);
+            return nullptr;
+        }
         /* a length is the sender's word: kernels copy so many bytes into a scratch made for most_bytes */
         if (size > most_bytes(*payload.code, uint64_t(n))) return "a bucket longer than its code words can be";
         const uint8_t *bytes = code;
-        float norm = load<float>(payload.norms + 4 * bucket++);
         code += size;
         return kernels.decode(*payload.code, bytes, int(size), n, norm, out, add, finish, scratch);
+    }
+
+    /* A bucket whose values are all 0, or all NaN. */
+    void add_all(float value, int n, float *out) const {
+        if (!add) std::fill(out, out + n, value); /* finished, it is the same */
+        if (add && (value != 0.0f || finish.is_needed()))
+            for (int i = 0; i < n; i++) out[i] = finish.of(out[i] + value);
     }
 };
 

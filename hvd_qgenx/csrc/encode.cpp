@@ -34,17 +34,18 @@ struct Encoder {
         return l2_of(squares);
     }
 
-    void symbols_of(const Walk &walk, int8_t *symbols, Scratch &scratch) const {
+    /* False if the bucket needs none: its norm says all. */
+    bool symbols_of(const Walk &walk, int8_t *symbols, Scratch &scratch) const {
         const float *values = segments[walk.segment] + walk.offset;
         int n = walk.numel();
         float norm = norm_of(walk, values);
         store(norms + 4 * walk.bucket, norm);
-        /* whole masks: the coder reads 64 symbols at a time */
-        if (!std::isfinite(norm)) return void(memset(symbols, 0, size_t((n + 63) & ~63)));
+        if (!has_code(norm) || !std::isfinite(norm)) return false; /* an infinite one becomes NaN */
         /* draws go by the place in the whole vector, so that neither threads nor paths change them */
         Draws draws{walk.position(), {encoding.key[0], encoding.key[1]}};
         kernels.round(code, values, n, norm, draws, symbols, scratch);
         if (sums) measure(walk, values, symbols, norm);
+        return true;
     }
 
     /* While values and symbols are in the cache. */
@@ -84,9 +85,11 @@ uint64_t encode_part(const Encoder &e, uint64_t first, uint64_t end, uint8_t *le
     uint8_t *out = start;
     for (Walk walk(e.layout, first); walk.bucket < end; walk.next()) {
         int8_t *symbols = scratch.symbols.get();
-        e.symbols_of(walk, symbols, scratch);
-        if (counts) e.kernels.count(symbols, walk.numel(), e.code.num_levels, counts);
-        int size = e.kernels.encode(e.code, symbols, walk.numel(), out, scratch);
+        int size = 0;
+        if (e.symbols_of(walk, symbols, scratch)) {
+            if (counts) e.kernels.count(symbols, walk.numel(), e.code.num_levels, counts);
+            size = e.kernels.encode(e.code, symbols, walk.numel(), out, scratch);
+        }
         if (lengths) store(lengths + 2 * walk.bucket, uint16_t(size));
         out += size;
     }
@@ -214,8 +217,9 @@ int quantize(const qgenx_codebook &book, const qgenx_layout &cut, const qgenx_en
             uint32_t segment = 0;
             for (Walk walk(layout, part_start(layout.buckets, part, parts)); walk.bucket < end; walk.next()) {
                 for (; segment < walk.segment; segment++) raw += layout.is_raw(segment) ? layout.size(segment) : 0;
-                encoder.symbols_of(walk, scratch.symbols.get(), scratch);
-                memcpy(symbols + (walk.position() - raw), scratch.symbols.get(), size_t(walk.numel()));
+                int8_t *own = scratch.symbols.get();
+                if (!encoder.symbols_of(walk, own, scratch)) memset(own, 0, size_t(walk.numel()));
+                memcpy(symbols + (walk.position() - raw), own, size_t(walk.numel()));
             }
         });
     });

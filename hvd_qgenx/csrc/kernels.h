@@ -2,6 +2,7 @@
 #ifndef QGENX_KERNELS_H
 #define QGENX_KERNELS_H
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -48,21 +49,40 @@ struct Scratch {
           planes(new uint64_t[size_t(18) * masks]()) {}
 };
 
-/* The L2 norm, rounded up to float32, so that no value is above it. */
+/* The L2 norm: the smallest float32 whose square is not below the sum, so that no value is above it. */
 inline float l2_of(double squares) {
-    double root = std::sqrt(squares);
-    float norm = float(root);
-    return double(norm) < root ? std::nextafter(norm, INFINITY) : norm;
+    float norm = float(std::sqrt(squares)); /* this one, or its neighbour below; the square is exact in float64 */
+    return double(norm) * double(norm) < squares ? std::nextafter(norm, INFINITY) : norm;
 }
 
+/* Norms below have a rounding of their own, and products with those above might not be normal numbers. */
+constexpr float SMALL_NORM = 0x1p-80f, LARGE_NORM = 0x1p80f;
+
 /* A power of two by which values and norm are multiplied first, so that 1 / norm is a normal number. */
-inline float scale_of(float norm) { return norm < 0x1p-100f ? 0x1p100f : norm > 0x1p100f ? 0x1p-100f : 1.0f; }
+inline float scale_of(float norm) { return norm < SMALL_NORM ? 0x1p80f : norm > LARGE_NORM ? 0x1p-80f : 1.0f; }
 
 /* A bucket's place among the draws: where it begins in the vector, and the key. */
 struct Draws {
     uint64_t position;
     uint32_t key[2];
+
+    /* 32 random bits of an element: a hash that it shares with one eight places away, which has the halves swapped. */
+    inline uint32_t of(int i) const {
+        uint32_t x = key[0] + uint32_t(position) + uint32_t(i / 16 * 8 + i % 8);
+        x ^= x >> 16;
+        x *= 0x7FEB352Du;
+        x ^= x >> 15;
+        x += key[1] + uint32_t(position >> 32) * 0x9E3779B9u;
+        x *= 0x846CA68Bu;
+        x ^= x >> 16;
+        return i & 8 ? x : x << 16 | x >> 16;
+    }
 };
+
+/* floor((round(x) + draw) / 2^bits), where a draw is that many of the random bits, the highest. */
+inline int rounded(float x, uint32_t random, int bits) {
+    return int((uint32_t(std::llrint(x)) + (random >> (32 - bits))) >> bits);
+}
 
 /* What makes a mean of the sum: each value is divided, then multiplied. */
 struct Finish {
@@ -77,7 +97,7 @@ struct Kernels {
     double (*squares)(const float *values, int n);
     /* The largest magnitude; infinite or NaN if a value is. */
     float (*largest)(const float *values, int n);
-    /* Symbols of a bucket whose norm is finite, and zeros behind them up to a multiple of 64. */
+    /* Symbols of a bucket whose norm is finite and not zero, and zeros behind them up to a multiple of 64. */
     void (*round)(const Code &code, const float *values, int n, float norm, const Draws &draws, int8_t *symbols,
                   Scratch &scratch);
     /* Adds how often each index 0 ... s occurs among symbols, behind which are zeros as above. */
@@ -86,7 +106,8 @@ struct Kernels {
     double (*error)(const Code &code, const int8_t *symbols, const float *values, int n, float norm);
     /* The bytes of a bucket's code; `out` has room for most_bytes. */
     int (*encode)(const Code &code, const int8_t *symbols, int n, uint8_t *out, Scratch &scratch);
-    /* Adds a bucket to `out`, or to zeros, and finishes the sums; returns NULL, or why these bytes are no code. */
+    /* Adds a bucket whose norm is above zero to `out`, or to zeros, and finishes the sums; returns NULL, or why these
+     * bytes are no code. */
     const char *(*decode)(const Code &code, const uint8_t *bytes, int size, int n, float norm, float *out, bool add,
                           const Finish &finish, Scratch &scratch);
     /* Adds a bucket's normalised magnitudes to QGENX_NUM_BINS bins of both histograms, `weight` each to one of them. */

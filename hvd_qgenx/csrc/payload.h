@@ -11,7 +11,7 @@
 
 namespace qgenx {
 
-constexpr uint32_t VERSION = 3, CHECKSUM = 4; /* the latter in bytes */
+constexpr uint32_t VERSION = 4, CHECKSUM = 4; /* the latter in bytes */
 
 /* Where the header's fields begin, and after them where it ends. */
 struct At {
@@ -39,6 +39,9 @@ struct At {
 
 constexpr uint8_t FLAG_INLINE = 1; /* of At::FLAGS: levels and code lengths follow the header */
 
+/* Whether a bucket has any code: norms of 0 and NaN say all of it. */
+inline bool has_code(float norm) { return norm > 0.0f; }
+
 /* Where a segment begins: counted in raw coordinates, in buckets, in bytes of code. */
 struct Start {
     uint64_t raw, bucket, code;
@@ -56,8 +59,11 @@ struct Parsed {
     uint64_t coded_size;
     std::vector<Start> starts; /* of its segments */
 
+    float norm_of(uint64_t bucket) const { return load<float>(norms + 4 * bucket); }
+
     uint64_t bytes_of(uint64_t bucket, int numel) const {
-        return lengths ? load<uint16_t>(lengths + 2 * bucket) : (uint64_t(numel) * width + 7) / 8;
+        if (lengths) return load<uint16_t>(lengths + 2 * bucket);
+        return has_code(norm_of(bucket)) ? (uint64_t(numel) * width + 7) / 8 : 0;
     }
 };
 

@@ -97,16 +97,6 @@ void accumulate(const Code &, const uint8_t *symbols, int n, const float *table,
     for (int i = 0; i < n; i++) out[i] = finish.of((add ? out[i] : 0.0f) + table[symbols[i]]);
 }
 
-inline uint32_t hash(uint32_t x, const uint32_t *key) {
-    x += key[0];
-    x ^= x >> 16;
-    x *= 0x7FEB352Du;
-    x ^= x >> 15;
-    x += key[1];
-    x *= 0x846CA68Bu;
-    return x ^ x >> 16;
-}
-
 int level_below(const Code &code, float u) {
     int last = code.num_levels - 1, j = 0;
     if (code.search == Search::SLOTS) {
@@ -119,24 +109,21 @@ int level_below(const Code &code, float u) {
 }
 
 void round_values(const Code &code, const float *values, int n, float norm, const Draws &draws, int8_t *symbols) {
-    float unit = float(1 << code.draw_bits), top = float(code.num_levels) * unit;
+    float unit = float(1u << code.draw_bits), top = float(code.num_levels) * unit;
     float uniform_scale = top / norm, inverse = 1.0f / norm;
-    uint32_t key[2] = {draws.key[0] + uint32_t(draws.position),
-                       draws.key[1] + uint32_t(draws.position >> 32) * 0x9E3779B9u};
     for (int i = 0; i < n; i++) {
-        uint32_t random = hash(uint32_t(i / 16 * 8 + i % 8), key);
-        int draw = int((i & 8 ? random >> 16 : random & 0xFFFFu) >> (16 - code.draw_bits)), index;
-        float magnitude = fabsf(values[i]);
+        float magnitude = fabsf(values[i]), x;
+        int j = 0;
         if (code.search == Search::UNIFORM) {
-            float x = magnitude * uniform_scale;
-            index = (int(lrintf(x < top ? x : top)) + draw) >> code.draw_bits;
+            x = magnitude * uniform_scale;
+            x = x < top ? x : top;
         } else {
             float u = magnitude * inverse;
             u = u < 1.0f ? u : 1.0f;
-            int j = level_below(code, u);
-            float x = (u - code.levels[j]) * code.inverse_gaps[j] * unit;
-            index = j + ((int(lrintf(x)) + draw) >> code.draw_bits);
+            j = level_below(code, u);
+            x = (u - code.levels[j]) * code.inverse_gaps[j] * unit;
         }
+        int index = j + rounded(x, draws.of(i), code.draw_bits);
         symbols[i] = int8_t(values[i] < 0.0f ? -index : index);
     }
 }

@@ -199,13 +199,9 @@ static const char *read_runs(const Code &code, Reader &reader, int n, const floa
     uint8_t *symbols = scratch.indices.get();
     int count;
     if (const char *wrong = read_nonzeros(code, reader, n, positions, count, symbols, scratch)) return wrong;
-    scratch.ahead.lines(n / 16);     /* the rest of them */
-    bool all = table[0] != table[0]; /* a NaN norm: zeros are NaN too */
+    scratch.ahead.lines(n / 16); /* the rest of them */
     if (!add) memset(out, 0, size_t(n) * sizeof(float));
-    if (all)
-        for (int i = 0; i < n; i++) out[i] = table[0];
-    else
-        for (int i = 0; i < count; i++) out[positions[i]] += table[symbols[i]];
+    for (int i = 0; i < count; i++) out[positions[i]] += table[symbols[i]];
     if (finish.is_needed())
         for (int i = 0; i < n; i++) out[i] = finish.of(out[i]);
     return nullptr;

@@ -20,6 +20,8 @@ CASES = {
     "elias_runs": (Codec(Levels.exponential(3), "elias_runs", 64), (70,)),
     "segments": (Codec(Levels.uniform(3), bucket_size=16, min_numel=8), (40, 3, 0, 27)),
     "empty": (Codec(Levels.uniform(4)), (0,)),
+    "zero_buckets": (Codec(Levels.uniform(4), bucket_size=16), (70,)),
+    "subnormal": (Codec(Levels.exponential(4), "fixed", 64), (70,)),
 }
 
 
@@ -31,7 +33,12 @@ def values(count: int) -> torch.Tensor:
 def encode(name: str) -> torch.Tensor:
     """The payload of a case."""
     codec, sizes = CASES[name]
-    return codec.encode(values(sum(sizes)), Key(seed=11, rank=1, step=5, stream=0), sizes=sizes)
+    vector = values(sum(sizes))
+    if name == "zero_buckets":
+        vector[16:48] = 0.0
+    if name == "subnormal":
+        vector *= 2.0**-140
+    return codec.encode(vector, Key(seed=11, rank=1, step=5, stream=0), sizes=sizes)
 
 
 def write(folder: Path) -> None:

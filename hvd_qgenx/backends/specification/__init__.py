@@ -59,23 +59,25 @@ class Specification(Backend):
         out[: len(payload)] = payload
         decoded = received(layout, quantized, codebook.levels)
         counts = no_counts(codebook)
-        counts += torch.bincount(quantized.symbols.abs(), minlength=len(counts))
+        _, left = Buckets.cut(layout).with_code(quantized.norms)
+        counts += torch.bincount(quantized.symbols[left].abs(), minlength=len(counts))
         spoiled = tuple(bool(part.isnan().any()) for part in decoded.split(list(layout.sizes)))
         error, total = self.squared_error(vector, decoded)
         return Drawn(len(payload), counts, error, total, spoiled)
 
     def decode_mean(self, codebook, payloads, targets, sections=None, factor=1.0):
-        parts = [_decode(codebook, payload) for payload in payloads]
+        parsed = [parse(payload) for payload in payloads]
         if sections is None:
-            for own in parts:
-                expect(len(own) == len(targets), f"num_segments is {len(own)}, expected {len(targets)}")
+            for one in parsed:
+                count = len(one.header.layout.sizes)
+                expect(count == len(targets), f"num_segments is {count}, expected {len(targets)}")
             sections = [range(len(targets))] * len(payloads)
-        _check_sections(parts, [target.numel() for target in targets], sections)
-        found = [
-            [own[places[index]] for own, places in zip(parts, sections, strict=True) if places[index] >= 0]
-            for index in range(len(targets))
-        ]
-        return tuple(_mean_into(*pair, len(payloads), factor) for pair in zip(targets, found, strict=True))
+        _check_sections(parsed, [target.numel() for target in targets], sections)
+        sums: list[Tensor | None] = [None] * len(targets)
+        # One payload after another: what an earlier one gave is in the targets.
+        for one, places in zip(parsed, sections, strict=True):
+            _add_sections(_decode(codebook, one), places, targets, sums)
+        return tuple(_mean_of(total, len(payloads), factor) for total in sums)
 
     def parse(self, payload, numel=None):
         return parse(payload, numel).header
@@ -91,9 +93,8 @@ class Specification(Backend):
         return float(error.square().sum()), float(finite.square().sum())
 
 
-def _decode(codebook: Codebook, payload: Tensor) -> tuple[Tensor, ...]:
+def _decode(codebook: Codebook, parsed: Parsed) -> tuple[Tensor, ...]:
     """Every section of one payload."""
-    parsed = parse(payload)
     layout, own = parsed.header.layout, _codebook_of(parsed, codebook)
     symbols = symbols_of(parsed, own.code, Buckets.cut(layout))
     vector = received(layout, Quantized(symbols, parsed.norms, parsed.raw), own.levels)
@@ -107,29 +108,37 @@ def _codebook_of(parsed: Parsed, ours: Codebook) -> Codebook:
     return ours
 
 
-def _check_sections(parts: Sequence[Sequence[Tensor]], sizes: Sequence[int], sections: Sequence[Sequence[int]]) -> None:
+def _check_sections(payloads: Sequence[Parsed], sizes: Sequence[int], sections: Sequence[Sequence[int]]) -> None:
     """A section is the target's size, or empty."""
-    for rank, (own, places) in enumerate(zip(parts, sections, strict=True)):
+    for rank, (payload, places) in enumerate(zip(payloads, sections, strict=True)):
+        own = payload.header.layout.sizes
         for place, size in zip(places, sizes, strict=True):
             expect(place < len(own), f"num_segments is {len(own)}, but section {place} is wanted")
-            found = len(own[place]) if place >= 0 else 0
+            found = own[place] if place >= 0 else 0
             told = f"sizes: section {place} of payload {rank} has {found} coordinates, expected {size}"
             expect(found in (0, size), told)
 
 
-def _mean_into(target: Tensor, parts: Sequence[Tensor], count: int, factor: float) -> bool:
-    """Float32 sums in order, divided by ``count``, times ``factor``; whether the result is not finite."""
-    present = [part for part in parts if len(part)]
-    if not present:
+def _add_sections(
+    parts: Sequence[Tensor], places: Sequence[int], targets: Sequence[Tensor], sums: list[Tensor | None]
+) -> None:
+    """Adds a payload's sections to the sums, which are views of the targets; a target's first begins at zero."""
+    for index, place in enumerate(places):
+        if place < 0 or len(parts[place]) == 0:
+            continue
+        total = sums[index]
+        total = targets[index].view(-1).zero_() if total is None else total
+        sums[index] = total.add_(parts[place])
+
+
+def _mean_of(total: Tensor | None, count: int, factor: float) -> bool:
+    """Divides a float32 sum by ``count`` and multiplies it by ``factor``; whether the result is not finite."""
+    if total is None:
         return False
-    flat = target.view(-1)
-    target = flat.copy_(present[0])
-    for part in present[1:]:
-        target.add_(part)
-    target.div_(count)
+    total.div_(count)
     if factor != 1.0:
-        target.mul_(factor)
-    return not bool(target.isfinite().all())
+        total.mul_(factor)
+    return not bool(total.isfinite().all())
 
 
 def _joined(segments: Sequence[Tensor]) -> Tensor:

@@ -44,7 +44,8 @@ class Quantized:
 
 def pack(header: Header, codebook: Codebook, quantized: Quantized, buckets: Buckets) -> Tensor:
     """One payload, uint8[size]."""
-    coded, byte_lengths = write_symbols(codebook.code, quantized.symbols, buckets)
+    buckets, left = buckets.with_code(quantized.norms)
+    coded, byte_lengths = write_symbols(codebook.code, quantized.symbols[left], buckets)
     sections = [np.asarray(header.layout.sizes, "<u8"), quantized.raw.numpy(), quantized.norms.numpy()]
     if not codebook.code.width:
         sections.append(byte_lengths.numpy().astype("<u2"))
@@ -159,26 +160,30 @@ def _parse_sections(cursor: _Cursor, header: Header, codebook: Codebook | None) 
     # Encoders say NaN of what is not finite; an infinity could turn a mean into NaN unseen.
     expect(not bool(np.isinf(raw).any()), "raw holds an infinite number")
     expect(not bool(np.any((norms < 0) | np.isinf(norms))), "norms hold a negative or infinite number")
-    byte_lengths = _byte_lengths(cursor, header)
+    byte_lengths = _byte_lengths(cursor, header, torch.from_numpy(norms.copy()))
     coded = cursor.rest()
     total = int(byte_lengths.sum())
     expect(total == len(coded), f"lengths add up to {total} bytes, {len(coded)} are there")
     return Parsed(header, codebook, torch.from_numpy(raw.copy()), torch.from_numpy(norms.copy()), byte_lengths, coded)
 
 
-def _byte_lengths(cursor: _Cursor, header: Header) -> Tensor:
-    """int64[B], bytes of each bucket's code words."""
+def _byte_lengths(cursor: _Cursor, header: Header, norms: Tensor) -> Tensor:
+    """int64[B], bytes of each bucket's code words; 0 where its norm, 0 or NaN, says all."""
     if header.coder == "fixed":
-        return (integers(header.layout.bucket_lengths()) * fixed_width(header.num_levels) + 7) // 8
+        elements = torch.where(norms > 0, integers(header.layout.bucket_lengths()), 0)
+        return (elements * fixed_width(header.num_levels) + 7) // 8
     return torch.from_numpy(cursor.take("lengths", "<u2", header.layout.num_buckets).astype(np.int64))
 
 
 def symbols_of(parsed: Parsed, code: Code, buckets: Buckets) -> Tensor:
-    """Symbols int8[n] of the coded segments."""
+    """Symbols int8[n] of the coded segments, 0 in buckets without code."""
+    buckets, left = buckets.with_code(parsed.norms)
+    symbols = torch.zeros(len(left), dtype=torch.int8, device="cpu")
     try:
-        return read_symbols(code, parsed.coded, parsed.byte_lengths, buckets)
+        symbols[left] = read_symbols(code, parsed.coded, parsed.byte_lengths, buckets)
     except CodeError as error:
         raise PayloadError(f"payload: coded: {error}") from None
+    return symbols
 
 
 class _Cursor:

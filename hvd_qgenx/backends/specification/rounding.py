@@ -7,7 +7,7 @@ names each element's bucket. Norms are float32[B], symbols int8[n].
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ NO_WEIGHT = -(2**15)  # exponent of statistics without weight
 _WEIGHT_BITS = 20  # the heaviest bucket of a vector weighs 2**19 to 2**20
 _MOMENT_BITS = 16  # moments are integers too, in units of 2**-16
 _LOW_32 = 0xFFFFFFFF
+SMALL_NORM = 2.0**-80
 _FLOAT_SHIFT = 18  # leaves 5 bits of the mantissa: 32 bins to the octave
 _FIRST_BIN = (127 - OCTAVES) << 5  # what 2**-16 gives after that shift
 
@@ -34,6 +35,12 @@ class Buckets:
     bucket_of: Tensor
     segment_of: Tensor  # int64[B], the segment that each bucket belongs to
     starts: Tensor  # int64[B], where each bucket begins in the vector
+
+    def with_code(self, norms: Tensor) -> tuple[Buckets, Tensor]:
+        """Those whose norm is neither 0 nor NaN, the others being empty; and bool[n], which elements are left."""
+        left = (norms > 0)[self.bucket_of]
+        lengths = torch.where(norms > 0, self.lengths, 0)
+        return replace(self, lengths=lengths, bucket_of=self.bucket_of[left]), left
 
     @classmethod
     def cut(cls, layout: Layout) -> Buckets:
@@ -73,7 +80,7 @@ def buckets_as_rows(vector: Tensor, lengths: Tensor) -> Tensor:
 
 
 def l2_norms(rows: Tensor) -> Tensor:
-    """float32[B]: sqrt(sum v_i^2), rounded up, so that |v_i| / norm <= 1.
+    """float32[B]: the smallest float32 whose square is not below sum v_i^2, so that |v_i| / norm <= 1.
 
     The order is fixed: lane j of 16 adds v_j^2, v_{j+16}^2, ... in float64 (a square of float32 is exact there and
     cannot overflow), then lanes fold in halves. The norm is infinite if it exceeds the largest float32.
@@ -86,7 +93,7 @@ def l2_norms(rows: Tensor) -> Tensor:
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]
-    return _round_up(lanes[:, 0].sqrt())
+    return root_above(lanes[:, 0])
 
 
 def linf_norms(rows: Tensor) -> Tensor:
@@ -94,24 +101,27 @@ def linf_norms(rows: Tensor) -> Tensor:
     return rows.abs().amax(dim=1)
 
 
-def _round_up(values: Tensor) -> Tensor:
-    """The smallest float32 not below each float64."""
-    rounded = values.float()
-    return torch.where(rounded.double() < values, rounded.nextafter(reals(torch.inf)), rounded)
+def root_above(squares: Tensor) -> Tensor:
+    """The smallest float32 whose square is not below each float64."""
+    # Any root within a float32's last place will do: the squares that decide are exact in float64.
+    near = squares.sqrt().float()
+    below, above = near.nextafter(reals(0.0)), near.nextafter(reals(torch.inf))
+    norm = torch.where(near.double().square() < squares, above, near)
+    return torch.where(below.double().square() >= squares, below, norm)
 
 
 def draw_bits(levels: Levels) -> int:
-    """Bits of each draw: 16, or 15 above 63 levels, where a float32 product has no more behind its index."""
-    return 16 if levels.num_levels <= 63 else 15
+    """Bits of each draw: 31, or for evenly spaced levels what an index leaves of 31."""
+    return 31 - levels.num_levels.bit_length() if levels.is_uniform else 31
 
 
-def draws(pair: tuple[int, int], starts: Tensor, lengths: Tensor, bits: int) -> Tensor:
-    """int64[n] of draws of ``bits`` bits: a function of the key's two 32-bit numbers and the place.
+def draws(pair: tuple[int, int], starts: Tensor, lengths: Tensor) -> Tensor:
+    """int64[n] of 32 random bits each: a function of the key's two 32-bit numbers and the place.
 
     In a bucket that begins at coordinate p of the vector, the elements i and i + 8 of every 16 share a 32-bit hash of
-    the counter p + 8 floor(i / 16) + i mod 8, one taking its low half, the other its high half. The hash is the mixer
-    "lowbias32" (Wellons, 2018) with one number added before it, the other in its middle. Counters of buckets are apart,
-    and beyond 2**32 coordinates the second number differs.
+    the counter p + 8 floor(i / 16) + i mod 8, which the first takes with its halves swapped: their high halves decide
+    but for one draw in 2**16. The hash is the mixer "lowbias32" (Wellons, 2018) with one number added before it, the
+    other in its middle. Counters of buckets are apart, and beyond 2**32 coordinates the second number differs.
     """
     bucket_of = torch.repeat_interleave(counting(len(lengths)), lengths)
     # The place within the bucket: backends then need no counter but a bucket's own.
@@ -122,7 +132,7 @@ def draws(pair: tuple[int, int], starts: Tensor, lengths: Tensor, bits: int) -> 
     x = ((x ^ (x >> 15)) + pair[1] + _multiply(start >> 32, 0x9E3779B9)) & _LOW_32
     x = _multiply(x, 0x846CA68B)
     x = x ^ (x >> 16)
-    return torch.where(i % 16 < 8, x & 0xFFFF, x >> 16) >> (16 - bits)
+    return torch.where(i % 16 < 8, (x & 0xFFFF) << 16 | x >> 16, x)
 
 
 def _multiply(x: Tensor, factor: int) -> Tensor:
@@ -135,13 +145,13 @@ def _multiply(x: Tensor, factor: int) -> Tensor:
 def _scaled(vector: Tensor, norms: Tensor, bucket_of: Tensor, top: float) -> Tensor:
     """float32[n]: min(|v_i| (top / norm), top); 0 where the norm is zero or not finite.
 
-    Where the norm is below 2**-100 or above 2**100, both are first multiplied by 2**100 or 2**-100, so that top / norm
-    is a normal number.
+    Where the norm is below 2**-80 or above 2**80, both are first multiplied by 2**80 or 2**-80, so that top / norm is
+    a normal number.
     """
     usable = (norms > 0) & norms.isfinite()
     norms = torch.where(usable, norms, 1.0)
-    scale = torch.where(norms > 2.0**100, reals(2.0**-100), reals(1.0))
-    scale = torch.where(norms < 2.0**-100, reals(2.0**100), scale)
+    scale = torch.where(norms > 1 / SMALL_NORM, reals(SMALL_NORM), reals(1.0))
+    scale = torch.where(norms < SMALL_NORM, reals(1 / SMALL_NORM), scale)
     # One division a bucket; a product for each coordinate is what all backends can do alike.
     factor = top / (norms * scale)
     magnitude = (vector.abs() * scale[bucket_of] * factor[bucket_of]).clamp_(max=top)
@@ -157,21 +167,39 @@ def round_to_levels(vector: Tensor, norms: Tensor, bucket_of: Tensor, levels: Le
     """int64[n]: the index of l_{j+1} with probability (u - l_j) / (l_{j+1} - l_j), else of l_j.
 
     The index is floor(phi(u) + draw / 2**b), where phi rises piecewise linearly with phi(l_j) = j and is rounded to
-    2**-b, b the bits of the draw. For evenly spaced levels phi is s u. E l = u to within 2**-b of a gap: half of that
-    is the rounding of phi, the rest bounds float32's own error, 2**-23 l_{j+1} / (l_{j+1} - l_j), where that ratio is
-    at most 63 (127 for b = 15). Source: Q-GenX, definition of Q_l.
+    2**-b, and the draw is the highest b of 32 random bits. For evenly spaced levels phi is s u. E l = u to within half
+    of 2**-b of a gap, and float32's own error, less than 2**-21 u. Source: Q-GenX, definition of Q_l.
     """
+    small = ((norms > 0) & (norms < SMALL_NORM))[bucket_of]
+    if bool(small.any()):
+        by_value = _round_between_values(vector, norms, bucket_of, levels, draw)
+        return torch.where(small, by_value, _round_between_levels(vector, norms, bucket_of, levels, draw))
+    return _round_between_levels(vector, norms, bucket_of, levels, draw)
+
+
+def _round_between_levels(vector: Tensor, norms: Tensor, bucket_of: Tensor, levels: Levels, draw: Tensor) -> Tensor:
     bits = draw_bits(levels)
     if levels.is_uniform:
         # top is a power of two times s: phi comes out in units of the draw.
         phi = _scaled(vector, norms, bucket_of, float(levels.num_levels << bits))
-        return (phi.round().long() + draw) >> bits
+        return (phi.round().long() + (draw >> (32 - bits))) >> bits
     table = reals(levels.values)
     u = magnitudes(vector, norms, bucket_of)
     # u = 1 belongs to the last gap, whose upper end it is.
     lower = (torch.searchsorted(table, u, right=True) - 1).clamp_(max=levels.num_levels - 1)
     part = (u - table[lower]) * (1.0 / (table[1:] - table[:-1]))[lower] * 2.0**bits
-    return lower + ((part.round().long() + draw) >> bits)
+    return lower + ((part.round().long() + (draw >> (32 - bits))) >> bits)
+
+
+def _round_between_values(vector: Tensor, norms: Tensor, bucket_of: Tensor, levels: Levels, draw: Tensor) -> Tensor:
+    """The same for norms below 2**-80, between the values l_j norm that receivers compute, where they are subnormal
+    maybe far from the products; after the last comes infinity. All is multiplied by 2**80, which is exact."""
+    values = reals([*levels.values, torch.inf]) * norms[:, None] * (1 / SMALL_NORM)
+    magnitude = vector.abs() * (1 / SMALL_NORM)
+    lower = (values[bucket_of] <= magnitude[:, None]).sum(dim=1) - 1
+    low, high = values[bucket_of, lower], values[bucket_of, lower + 1]
+    part = (magnitude - low) * (1.0 / (high - low)) * 2.0**31
+    return lower + ((part.round().long() + (draw >> 1)) >> 31)
 
 
 def dequantize(symbols: Tensor, norms: Tensor, bucket_of: Tensor, levels: Levels) -> Tensor:
@@ -204,7 +232,7 @@ def bucket_norms(vector: Tensor, buckets: Buckets, norm: str) -> Tensor:
 
 def draw_symbols(vector: Tensor, norms: Tensor, buckets: Buckets, levels: Levels, key: Key) -> Tensor:
     """int8[n], stochastic rounding: symbol_i = sign(v_i) * (index of the level drawn for |v_i| / norm)."""
-    draw = draws(key.pair, buckets.starts, buckets.lengths, draw_bits(levels))
+    draw = draws(key.pair, buckets.starts, buckets.lengths)
     index = round_to_levels(vector, norms, buckets.bucket_of, levels, draw)
     return torch.where(vector < 0, -index, index).to(torch.int8)
 
