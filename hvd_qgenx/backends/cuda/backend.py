@@ -433,7 +433,8 @@ class _Sections:
 
 
 def _fixed_bytes(counts: np.ndarray, width: int, norms: Tensor) -> np.ndarray:
-    return (counts * width + 7) // 8
+    # A bucket whose norm says all has no code.
+    return (counts * width + 7) // 8 * (norms.clone().view(torch.float32).numpy() > 0)
 
 
 def _is_broken(most: float, target: Tensor) -> bool:

@@ -25,7 +25,7 @@ TILE, ROW_BYTES, WARPS, MOST_WARPS, COPIES = 1024, 32 * 48, 4, 16, 64
 MOST_INTERVALS = 8
 NEGATIVE, MISSING = 128, 128  # bits of a symbol's name; minus zero is what no word stands for
 _NUM_RUNS = {"": 0, "rice": 1, "omega": 2}
-_FEW_LEVELS, _FEW_BITS, _SMALLEST_GAP = 7, 8, 2.0**-100
+_FEW_LEVELS, _FEW_BITS, _SMALLEST_GAP = 7, 8, 2.0**-90
 
 
 class Book(Structure):
@@ -160,8 +160,9 @@ def tables_of(codebook: Codebook) -> Tables:
 def _fill_levels(book: Book, levels: Levels) -> None:
     values = np.asarray(levels.values, np.float32)
     s = levels.num_levels
-    book.num_levels, book.draw_bits = s, 15 if s > 63 else 16
+    book.num_levels = s
     book.uniform = bool(np.array_equal(values, (np.arange(s + 1) / s).astype(np.float32)))
+    book.draw_bits = 31 - s.bit_length() if book.uniform else 31
     book.levels[: s + 1] = values.tolist()
     book.gaps[:s] = (np.float32(1) / (values[1:] - values[:-1])).tolist()
     book.above[:] = [values[j] if j < s else np.inf for j in range(1, 7)]

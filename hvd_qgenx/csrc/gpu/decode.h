@@ -108,11 +108,17 @@ DEVICE void decode_bucket(const DecodeJob &job, long long bucket, const Group<WI
         if (source < 0) continue;
         found = true;
         source += place.offset / job.bucket_size;
-        if (!read_bucket<FEW>(job, source, place.count, group, room, marks)) {
+        float norm = job.norms[source];
+        bool coded = has_code(norm);
+        if (coded ? !read_bucket<FEW>(job, source, place.count, group, room, marks) : job.lengths[source] != 0) {
             if (group.rank() == 0) *job.wrong = 1;
             return;
         }
-        float norm = job.norms[source];
+        if (!coded) { /* all values are 0, or all NaN */
+#pragma unroll
+            for (int t = 0; t < 32; t++) sums[t] = __fadd_rn(sums[t], norm);
+            continue;
+        }
         const unsigned char *rows = room.rows + 32 * ROW * (WIDE ? group.warp : 0);
 #pragma unroll
         for (int t = 0; t < 32; t++)

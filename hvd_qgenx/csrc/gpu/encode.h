@@ -53,8 +53,8 @@ DEVICE float with_sign_of(float value, float magnitude) {
 }
 
 /* Rounds a group's coordinates; their names, or words, go to the rows, and v becomes what rounding adds to it. */
-template <Search SEARCH, bool WIDE>
-DEVICE void round_tile(const Rounding &r, float *v, float norm, int count, const Tables &tables,
+template <Search SEARCH, bool SMALL, bool WIDE>
+DEVICE void round_tile(const Rounding &r, float *v, int count, const Tables &tables,
                        unsigned *counts, const Group<WIDE> &group, unsigned char *rows) {
     Counts few;
     int left = count - (WIDE ? TILE * group.warp : 0) - group.lane;
@@ -65,13 +65,13 @@ DEVICE void round_tile(const Rounding &r, float *v, float norm, int count, const
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             float value = v[t + i];
-            unsigned index = index_of<SEARCH>(value, r, draws[i]), name = name_of<SEARCH>(index, value);
+            unsigned index = index_of<SEARCH, SMALL>(value, r, draws[i]), name = name_of<SEARCH>(index, value);
             rows[ROW * (t + i) + group.lane] = SEARCH == Search::ANY ? name : tables.words[name];
             if (SEARCH != Search::ANY)
                 few.add(index);
             else if (32 * (t + i) < left)
                 atomicAdd(counts + index, 1u);
-            float decoded = __fmul_rn(tables.levels[index], norm);
+            float decoded = __fmul_rn(tables.levels[index], r.norm);
             v[t + i] = __fsub_rn(with_sign_of(value, decoded), value);
         }
     }
@@ -126,8 +126,25 @@ DEVICE int write_few(const Book &book, const unsigned *bytes, int count, const G
     return write_words<true, 8>(book, planes, chunk_mask(count, group.chunk()), 0, true, group, words);
 }
 
-/* Whether a bucket of this norm has a code at all. */
-DEVICE bool has_code(float) { return true; }
+/* What a bucket's kernel tells beside its code. */
+DEVICE void report(const EncodeJob &job, long long bucket, float norm, double error, double squares) {
+    job.norms[bucket] = norm;
+    job.sums[2 * bucket] = error;
+    job.sums[2 * bucket + 1] = squares;
+}
+
+/* A bucket's bits, from what its group has put into the rows. */
+template <Search SEARCH, bool WIDE>
+DEVICE int write_bucket(const EncodeJob &job, int count, const Group<WIDE> &group, const Room &room,
+                        const Tables &tables) {
+    unsigned bytes[8];
+    read_row(room.rows + 32 * ROW * (WIDE ? group.warp : 0), group.lane, bytes);
+    group.sync(); /* the code may lie where the rows were */
+    for (int word = group.rank(); word < job.stride + 2; word += group.size()) room.code[word] = 0;
+    group.sync();
+    return SEARCH == Search::ANY ? write_any(job.book, tables, bytes, count, group, room.code)
+                                 : write_few(job.book, bytes, count, group, room.code);
+}
 
 template <Search SEARCH, bool WIDE>
 DEVICE void encode_bucket(const EncodeJob &job, long long bucket, const Group<WIDE> &group, const Room &room,
@@ -137,29 +154,22 @@ DEVICE void encode_bucket(const EncodeJob &job, long long bucket, const Group<WI
     load_tile(job.segments[place.segment] + place.offset, place.count, group, v);
     double squares;
     float norm = norm_of(job, bucket, v, group, room.carry, squares);
-    bool coded = norm > 0.0f && is_finite(norm);
-    if (!coded) /* zeros, and what is not finite, are a bucket of zeros */
-#pragma unroll
-        for (int t = 0; t < 32; t++) v[t] = 0.0f;
-    Rounding r{job.book, tables.levels, tables.gaps, 1.0f, 1.0f, 0, 0};
-    set_norm(r, coded ? norm : 1.0f);
-    set_counter(r, job.key, place.position, group);
-    round_tile<SEARCH>(r, v, norm, place.count, tables, counts, group, room.rows + 32 * ROW * (WIDE ? group.warp : 0));
-    double error = squares_of(v, group, room.carry);
-    if (group.rank() == 0) {
-        job.norms[bucket] = norm;
-        job.sums[2 * bucket] = error;
-        job.sums[2 * bucket + 1] = squares;
+    if (!has_code(norm)) {
+        if (group.rank() == 0) report(job, bucket, norm, 0.0, 0.0), job.lengths[bucket] = 0;
+        return;
     }
+    Rounding r{job.book, tables.levels, tables.gaps, 0.0f, 0.0f, 0.0f, 0, 0, 0};
+    set_norm(r, norm);
+    set_counter(r, job.key, place.position, group);
+    unsigned char *rows = room.rows + 32 * ROW * (WIDE ? group.warp : 0);
+    if (norm < SMALL_NORM)
+        round_tile<SEARCH, true>(r, v, place.count, tables, counts, group, rows);
+    else
+        round_tile<SEARCH, false>(r, v, place.count, tables, counts, group, rows);
+    double error = squares_of(v, group, room.carry);
+    if (group.rank() == 0) report(job, bucket, norm, error, squares);
     group.sync();
-    unsigned bytes[8];
-    read_row(room.rows + 32 * ROW * (WIDE ? group.warp : 0), group.lane, bytes);
-    group.sync();
-    for (int word = group.rank(); word < job.stride + 2; word += group.size()) room.code[word] = 0;
-    group.sync();
-    int bits = SEARCH == Search::ANY ? write_any(job.book, tables, bytes, place.count, group, room.code)
-                                     : write_few(job.book, bytes, place.count, group, room.code);
-    bits = has_code(norm) ? bits : 0;
+    int bits = write_bucket<SEARCH>(job, place.count, group, room, tables);
     group.sync();
     if (group.rank() == 0) job.lengths[bucket] = (unsigned short)((bits + 7) / 8);
     for (int word = group.rank(); word < (bits + 31) / 32; word += group.size())

@@ -14,7 +14,7 @@ struct Book {
     float above[6];                /* l_1 to l_6 if s is at most 7, infinite from l_s on */
     int num_levels;                /* s */
     int uniform;                   /* whether l_j = float32(j / s) */
-    int draw_bits;
+    int draw_bits;                 /* 31, or as many as leave room for s of evenly spaced levels */
     int width;                     /* of the fixed code, else 0 */
     int depth, shortest;           /* bits of the longest word and of the shortest */
     int runs, ones;                /* how runs of zeros are coded, 0 none, 1 Rice, 2 omega; and whether ones' are too */

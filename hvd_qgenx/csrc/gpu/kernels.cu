@@ -64,7 +64,7 @@ DEVICE void load_tables(const Book &book, Tables &tables, bool few) {
         tables.words[i] = book.words[few ? (i & 7) | (i & 8) << 4 : i];
         if (i > MOST_LEVELS) continue;
         tables.levels[i] = book.levels[i];
-        tables.gaps[i] = few ? __fmul_rn(book.gaps[i], 65536.0f) : book.gaps[i];
+        tables.gaps[i] = few ? __fmul_rn(book.gaps[i], 0x1p31f) : book.gaps[i];
         tables.counts[i] = 0;
     }
     __syncthreads();

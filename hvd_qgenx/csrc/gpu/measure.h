@@ -27,9 +27,6 @@ DEVICE void norm_bucket(const MeasureJob &job, long long bucket, int lane) {
     if (lane == 0) job.norms[bucket] = norm;
 }
 
-/* A bucket that says something of levels. */
-DEVICE bool counts_at_all(float norm) { return norm > 0.0f && is_finite(norm); }
-
 /* |v| / norm, at most 1. */
 struct Normalised {
     float scale, inverse;
@@ -48,7 +45,7 @@ DEVICE int bin_of(float magnitude) {
 
 DEVICE void histogram_bucket(const MeasureJob &job, long long bucket, int lane, unsigned *bins) {
     float norm = job.norms[bucket];
-    if (!counts_at_all(norm)) return;
+    if (!has_code(norm)) return;
     Bucket place = job.buckets[bucket];
     const float *values = values_of(job, place);
     Normalised normalised(norm);
@@ -74,13 +71,13 @@ DEVICE long long sum_of(long long own) {
 /* The sums of 1, r and r^2 in units of 2^-16. */
 DEVICE void moments_bucket(const MeasureJob &job, long long bucket, int lane) {
     float norm = job.norms[bucket];
-    if (!counts_at_all(norm)) return;
+    if (!has_code(norm)) return;
     Bucket place = job.buckets[bucket];
     const float *values = values_of(job, place);
     Normalised normalised(norm);
     long long sums[3] = {(long long)place.count << 16, 0, 0};
     for (int i = lane; i < place.count; i += 32) {
-        long long r = nearest(__fmul_rn(normalised.of(values[i]), 65536.0f));
+        long long r = __float2uint_rn(__fmul_rn(normalised.of(values[i]), 65536.0f));
         sums[1] += values[i] < 0.0f ? -r : r;
         sums[2] += r * r >> 16;
     }

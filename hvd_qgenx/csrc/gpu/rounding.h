@@ -9,12 +9,15 @@ namespace qgenx {
 
 DEVICE bool is_finite(float x) { return (__float_as_uint(x) & 0x7F800000u) != 0x7F800000u; }
 
-/* The L2 norm, rounded up to float32. */
+/* The L2 norm: the smallest float32 whose square is no less than the sum. */
 DEVICE float root_of(double squares) {
-    double root = __dsqrt_rn(squares);
-    float norm = __double2float_rn(root);
-    return double(norm) < root ? __uint_as_float(__float_as_uint(norm) + 1) : norm;
+    float norm = __double2float_rn(__dsqrt_rn(squares)); /* this one, or its neighbour below */
+    double square = __dmul_rn(norm, norm);               /* exact */
+    return square < squares ? __uint_as_float(__float_as_uint(norm) + 1) : norm;
 }
+
+/* Whether a bucket of this norm has any code: 0, and what is not finite, say all of it. */
+DEVICE bool has_code(float norm) { return norm > 0.0f && is_finite(norm); }
 
 /* One turn of the chain of 16 lanes: lane j of the first half-warp adds its own coordinate and then the one 16 on. */
 DEVICE double add_squares(double sum, float value) {
@@ -75,8 +78,11 @@ DEVICE float largest_of(const float *v, const Group<WIDE> &group) {
     return __uint_as_float(most);
 }
 
+/* Norms below have a rounding of their own, and products with those above might not be normal numbers. */
+constexpr float SMALL_NORM = 0x1p-80f, LARGE_NORM = 0x1p80f;
+
 /* A power of two by which values and norm are multiplied first, so that 1 / norm is a normal number. */
-DEVICE float scale_of(float norm) { return norm < 0x1p-100f ? 0x1p100f : norm > 0x1p100f ? 0x1p-100f : 1.0f; }
+DEVICE float scale_of(float norm) { return norm < SMALL_NORM ? 0x1p80f : norm > LARGE_NORM ? 0x1p-80f : 1.0f; }
 
 DEVICE unsigned hash(unsigned x, unsigned high) {
     x = (x ^ x >> 16) * 0x7FEB352Du;
@@ -84,9 +90,6 @@ DEVICE unsigned hash(unsigned x, unsigned high) {
     x *= 0x846CA68Bu;
     return x ^ x >> 16;
 }
-
-/* Halves to even, of 0 <= x < 2^22. */
-DEVICE unsigned nearest(float x) { return __float_as_uint(__fadd_rn(x, 8388608.0f)) - 0x4B000000u; }
 
 /* The level below u, which is the largest of l_0 ... l_(s-1) that is no more. */
 DEVICE unsigned level_below(const float *levels, int num_levels, float u) {
@@ -102,39 +105,55 @@ enum class Search { UNIFORM, FEW, ANY };
 /* What coordinates of one bucket have in common while they are rounded. */
 struct Rounding {
     const Book &book;
-    const float *levels, *gaps; /* in shared memory; FEW's gaps are times 2^16 */
-    float scale, factor;
+    const float *levels, *gaps; /* in shared memory; FEW's gaps are times 2^31 */
+    float norm, scale, factor;
     unsigned counter, high; /* of the draws */
-
-    /* Of a draw. Those of few levels are 16, and known to the compiler. */
-    template <Search SEARCH>
-    DEVICE_MEMBER int bits() const {
-        return SEARCH == Search::ANY ? book.draw_bits : 16;
-    }
+    unsigned halves;        /* how this lane's elements take the bytes of a hash */
 };
 
-/* The place between levels in units of 2^-bits of a gap, rounded, and the level below. */
+/* The place between levels in units of 2^-bits of a gap, and the level below. */
 template <Search SEARCH>
-DEVICE unsigned place_of(float v, const Rounding &r, unsigned &below) {
+DEVICE float place_of(float v, const Rounding &r, unsigned &below) {
     float x = __fmul_rn(__fmul_rn(fabsf(v), r.scale), r.factor);
     below = 0;
     if (SEARCH == Search::UNIFORM || (SEARCH == Search::ANY && r.book.uniform))
-        return nearest(fminf(x, float(r.book.num_levels << r.bits<SEARCH>())));
+        return fminf(x, float(unsigned(r.book.num_levels) << r.book.draw_bits));
     float u = fminf(x, 1.0f);
     if (SEARCH == Search::FEW) {
 #pragma unroll
         for (int j = 0; j < 6; j++) below += r.book.above[j] <= u;
-        return nearest(__fmul_rn(__fsub_rn(u, r.levels[below]), r.gaps[below]));
+        return __fmul_rn(__fsub_rn(u, r.levels[below]), r.gaps[below]);
     }
     below = level_below(r.levels, r.book.num_levels, u);
-    return nearest(__fmul_rn(__fmul_rn(__fsub_rn(u, r.levels[below]), r.gaps[below]), float(1 << r.bits<SEARCH>())));
+    return __fmul_rn(__fmul_rn(__fsub_rn(u, r.levels[below]), r.gaps[below]), 0x1p31f);
 }
 
-template <Search SEARCH>
-DEVICE unsigned index_of(float v, const Rounding &r, unsigned draw) {
-    unsigned below, place = place_of<SEARCH>(v, r, below);
-    int bits = r.bits<SEARCH>();
-    return below + ((place + (draw >> (16 - bits))) >> bits);
+/* What receivers will compute of a level, times 2^80, which changes no bit. */
+DEVICE float small_level(const Rounding &r, unsigned index) {
+    return __fmul_rn(__fmul_rn(r.levels[index], r.norm), 0x1p80f);
+}
+
+/* The same under a small norm: between what receivers will compute of the levels, which may be subnormal. */
+DEVICE float small_place_of(float v, const Rounding &r, unsigned &below) {
+    unsigned s = unsigned(r.book.num_levels);
+    float magnitude = __fmul_rn(fabsf(v), 0x1p80f);
+    below = 0;
+#pragma unroll 1
+    while (below < s && small_level(r, below + 1) <= magnitude) below++;
+    if (below == s) return 0.0f;
+    float low = small_level(r, below), gap = __fsub_rn(small_level(r, below + 1), low);
+    return __fmul_rn(__fmul_rn(__fsub_rn(magnitude, low), __fdiv_rn(1.0f, gap)), 0x1p31f);
+}
+
+/* floor((round(x) + draw) / 2^bits), where a draw is that many of the random bits, the highest. */
+DEVICE unsigned rounded(float x, unsigned random, int bits) { return (__float2uint_rn(x) + (random >> (32 - bits))) >> bits; }
+
+template <Search SEARCH, bool SMALL>
+DEVICE unsigned index_of(float v, const Rounding &r, unsigned random) {
+    unsigned below;
+    float place = SMALL ? small_place_of(v, r, below) : place_of<SEARCH>(v, r, below);
+    int bits = SMALL || SEARCH == Search::FEW ? 31 : r.book.draw_bits;
+    return below + rounded(place, random, bits);
 }
 
 /* What a bucket's draws begin with; its first element is that coordinate of the vector. */
@@ -144,22 +163,22 @@ DEVICE void set_counter(Rounding &r, const unsigned *key, long long position, co
     r.counter = unsigned(position) + key[0] + 8 * (lane >> 4) + (lane & 7) + (lane & 8 ? 16 : 0);
     if (WIDE) r.counter += unsigned(TILE / 2 * group.warp);
     r.high = key[1] + unsigned(position >> 32) * 0x9E3779B9u;
+    r.halves = lane & 8 ? 0x3210 : 0x1032; /* the lower one takes them swapped */
 }
 
 DEVICE void set_norm(Rounding &r, float norm) {
-    float top = r.book.uniform ? float(r.book.num_levels << r.book.draw_bits) : 1.0f;
+    float top = r.book.uniform ? float(unsigned(r.book.num_levels) << r.book.draw_bits) : 1.0f;
+    r.norm = norm;
     r.scale = scale_of(norm);
     r.factor = __fdiv_rn(top, __fmul_rn(norm, r.scale));
 }
 
-/* Draws of turns t and t + 1. */
+/* The random bits of turns t and t + 1. */
 DEVICE void draw_two(const Rounding &r, int t, int lane, unsigned &first, unsigned &second) {
     bool upper = lane & 8;
-    unsigned random = hash(r.counter + 16 * t, r.high);
-    unsigned kept = upper ? random >> 16 : random & 0xFFFFu;
-    unsigned taken = __shfl_xor_sync(ALL, upper ? random & 0xFFFFu : random >> 16, 8);
-    first = upper ? taken : kept;
-    second = upper ? kept : taken;
+    unsigned kept = hash(r.counter + 16 * t, r.high), taken = __shfl_xor_sync(ALL, kept, 8);
+    first = __byte_perm(upper ? taken : kept, 0, r.halves);
+    second = __byte_perm(upper ? kept : taken, 0, r.halves);
 }
 
 }  // namespace qgenx
