@@ -4,7 +4,7 @@ PYTHON ?= python3
 TESTS ?= tests
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTEST := $(RUN) HYPOTHESIS_STORAGE_DIRECTORY=.cache/hypothesis pytest
-CORE = $(shell find hvd_qgenx/csrc tests/fuzz -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CORE = $(shell find hvd_qgenx/csrc tests/fuzz tests/gpu -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
 .PHONY: help setup train test quick fuzz sanitize format lint types dist clean
 

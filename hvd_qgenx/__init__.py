@@ -1,10 +1,12 @@
 """hvd_qgenx: unbiased, adaptive, entropy-coded gradient exchange for Horovod, and distributed extra-gradient.
 
 Importable without Horovod; what needs it says so when it is used. ``hvd_qgenx.backend`` is the name of the codec's
-backend in use: "avx2" or "portable", the compiled core, or "specification", plain torch.
+backend in use: "avx2" or "portable", the compiled core, or "specification", plain torch; ``gpu_backend()`` says which
+one vectors on a GPU have, and why.
 """
 
 from hvd_qgenx import backends
+from hvd_qgenx.backends import gpu_backend
 from hvd_qgenx.codec import Codec
 from hvd_qgenx.compression import Compression
 from hvd_qgenx.dual import QGenX
@@ -30,6 +32,7 @@ __all__ = [
     "Levels",
     "PayloadError",
     "QGenX",
+    "gpu_backend",
     "probe",
 ]
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx.adaptation import Settings
-from hvd_qgenx.checks import check_named_parameters, check_process_set
-from hvd_qgenx.codec import check_gradient
+from hvd_qgenx.backends import home, take_gpu
+from hvd_qgenx.checks import check_choice, check_named_parameters, check_process_set
+from hvd_qgenx.codec import can_be_coded, check_gradient
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.exchange.allgather import Arrived
 from hvd_qgenx.exchange.coded import CodedExchange
@@ -94,7 +95,7 @@ class _Call:
 
     def __init__(self, batch: _Batch, index: int, tensor: Tensor, is_gradient: bool):
         self.batch, self.index, self.tensor = batch, index, tensor
-        can_take = tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+        can_take = tensor.dtype is torch.float32 and can_be_coded(tensor)
         self.is_own = is_gradient and can_take
         self.broken = False
 
@@ -108,7 +109,7 @@ class _Call:
         """The gradient itself, which Horovod overwrites with what it gets; else a new vector."""
         if self.is_own:
             return self.tensor
-        return torch.empty(self.tensor.numel(), dtype=torch.float32, device="cpu")
+        return torch.empty(self.tensor.numel(), dtype=torch.float32, device=home(self.tensor.device))
 
 
 class QGenXCompressor:
@@ -148,6 +149,7 @@ class QGenXCompressor:
         nonfinite: str = "nan",
         statistics: str = "histogram",
         rate_weight: float = 0.0,
+        device: str = "cpu",
     ) -> QGenXCompressor:
         """A configured compressor.
 
@@ -172,10 +174,15 @@ class QGenXCompressor:
                 (the paper's form, 112 bytes); neither grows with the gradient.
             rate_weight: lambda of the objective that adaptive levels minimise, relative variance + lambda * bits per
                 coordinate; 0 is the paper's, 2 ln(2) times the relative variance a good start. See ``Levels.fitted``.
+            device: where gradients on a GPU are coded: "cpu", to which they are copied, or "cuda", by kernels that
+                have not yet been run on a GPU (see docs/gpu.md), from then on for the whole process. The bytes are
+                the same: ranks may differ. Where kernels cannot run one warning says why, and it is the CPU.
 
         Raises:
             ValueError: naming the argument and what is allowed.
         """
+        if check_choice("device", device, ("cpu", "cuda")) == "cuda":
+            take_gpu()
         settings = Settings(
             bits=bits, levels=levels, coder=coder, norm=norm, bucket_size=bucket_size, rounding=rounding,
             min_numel=min_numel, adapt_at=adapt_at, adapt_every=adapt_every, seed=seed, nonfinite=nonfinite,

@@ -23,6 +23,7 @@ RUNS = [
     ("gloo", 2, "check_dropin.py"),
     ("gloo", 2, "check_wrapper.py"),
     ("gloo", 2, "check_bytes.py"),
+    ("gloo", 2, "check_gpu.py"),
     ("gloo", 2, "check_recipes.py"),
     ("gloo", 2, "check_probe.py"),
     ("gloo", 3, "check_probe.py"),

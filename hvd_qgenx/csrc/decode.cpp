@@ -7,6 +7,11 @@
 #include "parallel.h"
 
 namespace qgenx {
+
+void add_raw(const uint8_t *raw, uint64_t n, float *out, bool add, const Finish &finish) {
+    for (uint64_t i = 0; i < n; i++) out[i] = finish.of((add ? out[i] : 0.0f) + load<float>(raw + 4 * i));
+}
+
 namespace {
 
 constexpr int32_t NONE = -1;
@@ -107,10 +112,6 @@ void open_streams(const Decoder &d, size_t first, size_t end, uint32_t segment, 
         add = true;
     }
     if (!more && !streams.empty()) streams.back().finish = d.finish;
-}
-
-void add_raw(const uint8_t *raw, uint64_t n, float *out, bool add, const Finish &finish) {
-    for (uint64_t i = 0; i < n; i++) out[i] = finish.of((add ? out[i] : 0.0f) + load<float>(raw + 4 * i));
 }
 
 /* Raw segments are small by intent: not worth a thread. */

@@ -28,6 +28,7 @@ int begin(const qgenx_codebook &book, const qgenx_layout &cut, const qgenx_encod
           uint8_t *spoiled, const Kernels &kernels, Failure &failure);
 int spoil(const qgenx_layout &cut, uint8_t *norms, uint8_t *spoiled, int *any, Failure &failure);
 void seal(uint8_t *out, uint64_t size, int threads, const Kernels &kernels);
+void add_raw(const uint8_t *raw, uint64_t n, float *out, bool add, const Finish &finish);
 int locate(const qgenx_codebook &book, const uint8_t *const *payloads, const uint64_t *sizes, uint32_t count,
            const qgenx_target &target, const Finish &finish, qgenx_places *places, int64_t *raws, int64_t *buckets,
            double *most, const Kernels &kernels, Failure &failure);

@@ -129,3 +129,8 @@ int qgenx_locate(const qgenx_codebook *book, const uint8_t *const *payloads, con
                       most, kernels_of(path), failure);
     });
 }
+
+void qgenx_add_raw(const uint8_t *raw, uint64_t n, float *out, int add, float divisor, float factor) {
+    PlainArithmetic plain;
+    add_raw(raw, n, out, add != 0, Finish{divisor, factor});
+}

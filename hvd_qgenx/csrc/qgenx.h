@@ -169,6 +169,9 @@ QGENX_API int qgenx_spoil(const qgenx_layout *layout, uint8_t *norms, uint8_t *s
 /* Writes the size, checksum included, and the checksum. */
 QGENX_API void qgenx_seal(uint8_t *out, uint64_t size, int threads, qgenx_path path);
 
+/* Adds n raw coordinates to `out`, or to zeros, and finishes the sums, as decode_mean does. */
+QGENX_API void qgenx_add_raw(const uint8_t *raw, uint64_t n, float *out, int add, float divisor, float factor);
+
 /* What decode_mean checks before it writes, and what it then knows: `places` of each payload; for each payload and
  * segment the first raw coordinate in `raws`, or the first bucket in `buckets`, -1 where it has none; and of each
  * segment more than any coordinate's sum can come to, NaN if a payload says NaN. */

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_qgenx.backends.backend import Backend, Drawn
+from hvd_qgenx.backends.backend import Backend, Drawn, device_of
 from hvd_qgenx.backends.compiled import Compiled, best_path
 from hvd_qgenx.backends.cuda import host
 from hvd_qgenx.backends.cuda.device import Device, DeviceError
@@ -44,6 +44,7 @@ from hvd_qgenx.levels import MAX_LEVELS
 from hvd_qgenx.payload import CHECKSUM, read_fields, read_sizes
 
 _LARGEST = float(np.finfo(np.float32).max)
+_INFINITE = 0x7F800000  # as bits
 _BLOCK = 2**22  # coordinates of a squared error at once
 _WEIGHT_BITS, _NO_WEIGHT = 20, -(2**15)
 
@@ -52,7 +53,7 @@ class Cut(NamedTuple):
     """A layout's buckets on a device; a long bucket has a block of several warps."""
 
     buckets: Tensor
-    count: int
+    num_buckets: int
     warps: int
 
     @property
@@ -61,7 +62,7 @@ class Cut(NamedTuple):
 
     def grid(self) -> tuple[int, int]:
         """Blocks and threads of a kernel of buckets."""
-        return (self.count, 32 * self.warps) if self.wide else _grid(self.count)
+        return (self.num_buckets, 32 * self.warps) if self.wide else _grid(self.num_buckets)
 
 
 def _grid(buckets: int) -> tuple[int, int]:
@@ -106,12 +107,12 @@ class Kernels(Backend):
 
     def encode(self, codebook, norm, layout, key, segments, out, inline):
         _check(segments, layout)
-        where = _device_of(segments, out.device)
+        where = device_of(segments, out.device)
         coding = _Coding(self, codebook, norm, layout, key, segments, where)
         raw = [segment for segment in segments if segment.numel() < layout.min_numel]
         raw = torch.cat(raw).cpu().split(list(map(len, raw))) if raw else []
         begun = host.begin(codebook, norm, layout, key, raw, out, inline)
-        if not coding.cut.count:
+        if not coding.cut.num_buckets:
             return _drawn(coding, begun, host.seal(out, begun.places.coded))
         coding.start()
         self.device.wait(where)
@@ -126,9 +127,10 @@ class Kernels(Backend):
     # ---- decode ------------------------------------------------------------------------------------------------------
 
     def decode_mean(self, codebook, payloads, targets, sections=None, factor=1.0):
+        _check_device(targets)
         lengths = list(map(Tensor.numel, targets))
         located = host.locate(codebook, payloads, lengths, sections, factor)
-        where = _device_of(targets, torch.device("cpu"))
+        where = device_of(targets, torch.device("cpu"))
         decoding = _Decoding(self, codebook, payloads, targets, located, where, factor)
         for first, end in decoding.groups():
             decoding.add(first, end)
@@ -149,23 +151,27 @@ class Kernels(Backend):
 
     def statistics(self, norm, layout, segments, form):
         _check(segments, layout)
-        where = _device_of(segments, torch.device("cpu"))
+        where = device_of(segments, torch.device("cpu"))
         cut, size = self._cut(layout, where), NUM_BINS if form == "histogram" else 3
         sums = torch.zeros(2, COPIES, size, dtype=torch.int64, device=where)
-        if not cut.count:
+        if not cut.num_buckets:
             return _NO_WEIGHT, *sums.sum(dim=1).cpu()
         pointers = self._pointers(segments, where)
-        norms = torch.empty(cut.count, dtype=torch.float32, device=where)
-        job = MeasureJob(cut.buckets.data_ptr(), pointers.data_ptr(), cut.count, norms.data_ptr(), linf=norm == "linf")
-        self.device.launch("norms", job, where, *_grid(cut.count), 0)
+        norms = torch.empty(cut.num_buckets, dtype=torch.float32, device=where)
+        job = MeasureJob(
+            cut.buckets.data_ptr(), pointers.data_ptr(), cut.num_buckets, norms.data_ptr(), linf=norm == "linf"
+        )
+        self.device.launch("norms", job, where, *_grid(cut.num_buckets), 0)
         found = norms.cpu().numpy().copy()
         host.spoil(layout, found, None)
         exponent, weights = _weights(found)
         kept = self.device.upload(np.concatenate([found.view(np.uint32), weights]), where)
-        job.norms, job.weights = kept.data_ptr(), kept.data_ptr() + 4 * cut.count
+        job.norms, job.weights = kept.data_ptr(), kept.data_ptr() + 4 * cut.num_buckets
         job.weighted, job.plain = sums[0].data_ptr(), sums[1].data_ptr()
         shared = 4 * (NUM_BINS + 3) * WARPS if form == "histogram" else 0
-        self.device.launch("histogram" if form == "histogram" else "moments", job, where, *_grid(cut.count), shared)
+        self.device.launch(
+            "histogram" if form == "histogram" else "moments", job, where, *_grid(cut.num_buckets), shared
+        )
         return exponent, *sums.sum(dim=1).cpu()
 
     def squared_error(self, vector, decoded):
@@ -190,7 +196,7 @@ class _Coding:
         self.device, self.where = backend.device, where
         self.cut, self.tables = backend._cut(layout, where), tables_of(codebook)
         self.layout, self.num_levels = layout, codebook.levels.num_levels
-        count = self.cut.count
+        count = self.cut.num_buckets
         self._pointers = backend._pointers(segments, where)
         most = codebook.code.most_bytes(layout.bucket_size)
         self.stride = -(-most // 4)
@@ -202,8 +208,9 @@ class _Coding:
         self._bytes = torch.empty(count * self.stride * 4, dtype=torch.uint8, device=where)
         address = self._report.data_ptr()
         self.job = EncodeJob(
-            backend._book(codebook, where), self.cut.buckets.data_ptr(), self._pointers.data_ptr(), count, address + self._norms,
-            address + self._lengths, self._codes.data_ptr(), address + self._sums, address + self._counts,
+            backend._book(codebook, where), self.cut.buckets.data_ptr(), self._pointers.data_ptr(), count,
+            address + self._norms, address + self._lengths, self._codes.data_ptr(), address + self._sums,
+            address + self._counts,
             (ctypes.c_uint * 2)(*key.pair), self.stride, norm == "linf", 0, self.cut.warps,
         )  # fmt: skip
 
@@ -246,14 +253,14 @@ class _Coding:
         lengths = self._report[self._lengths :].view(torch.int16)
         self._ends = (lengths.long() & 0xFFFF).cumsum(0)
         job = GatherJob(
-            self._codes.data_ptr(), self._ends.data_ptr(), lengths.data_ptr(), self._bytes.data_ptr(), self.cut.count,
+            self._codes.data_ptr(), self._ends.data_ptr(), lengths.data_ptr(), self._bytes.data_ptr(), self.cut.num_buckets,
             self.stride,
         )  # fmt: skip
-        self.device.launch("gather", job, self.where, *_grid(self.cut.count), 0)
+        self.device.launch("gather", job, self.where, *_grid(self.cut.num_buckets), 0)
 
     def deliver(self, places: host.Places, out: Tensor) -> int:
         """Norms, lengths and codes to their places in the payload; where the code ends comes back."""
-        count, total = self.cut.count, int(self.lengths.sum(dtype=np.int64))
+        count, total = self.cut.num_buckets, int(self.lengths.sum(dtype=np.int64))
         end = places.coded + total
         out[places.coded : end].copy_(self._bytes[:total], non_blocking=True)
         out[places.norms : places.norms + 4 * count] = self._arrived[self._norms : self._lengths]
@@ -264,7 +271,7 @@ class _Coding:
 
 def _drawn(coding: _Coding, begun: host.Begun, size: int) -> Drawn:
     """In the buckets' order, as the core adds; spoiled segments have no part in the sums."""
-    if not coding.cut.count:
+    if not coding.cut.num_buckets:
         counts = torch.zeros(coding.num_levels + 1, dtype=torch.int64)
         return Drawn(size, counts, 0.0, begun.raw_squares, tuple(map(bool, begun.spoiled)))
     sums = coding.sums[np.isfinite(coding.norms)]
@@ -323,28 +330,30 @@ class _Decoding:
             self.targets[segment].view(-1).copy_(total)
 
     def _raw_sum(self, segment: int, first: int, end: int, todo: int) -> np.ndarray:
-        numel = self.targets[segment].numel()
+        target, add = self.targets[segment].view(-1), bool(todo & ADD)
         # A section that another payload has coded is on the device already; that happens between unlike settings alone.
-        total = self.targets[segment].view(-1).cpu().numpy().copy() if todo & ADD else np.zeros(numel, np.float32)
-        with np.errstate(all="ignore"):
-            for payload in range(first, end):
-                raw = int(self.located.raws[payload, segment])
-                if raw >= 0:
-                    start = self.located.places[payload].raw + 4 * raw
-                    total += np.frombuffer(self.payloads[payload].numpy(), "<f4", numel, start)
-            return total / np.float32(self.divisor) * np.float32(self.factor) if todo & FINISH else total
+        total = target.cpu().numpy().copy() if add else np.zeros(target.numel(), np.float32)
+        found = [(payload, int(self.located.raws[payload, segment])) for payload in range(first, end)]
+        found = [(payload, raw) for payload, raw in found if raw >= 0]
+        for payload, raw in found:
+            last = todo & FINISH and payload == found[-1][0]
+            start = self.located.places[payload].raw + 4 * raw
+            finish = (self.divisor, self.factor) if last else (1.0, 1.0)
+            host.add_raw(self.payloads[payload], start, total, add or payload != found[0][0], *finish)
+        return total
 
     def _add_coded(self, first: int, end: int, todo: np.ndarray) -> None:
         layout = self._layout(first)
         cut = self.backend._cut(layout, self.where)
-        if not cut.count:
+        if not cut.num_buckets:
             return
         sections = _Sections(self, first, end, todo)
         on_device = self._keep(sections.upload())
         tables, address = tables_of(self.books[first]), on_device.data_ptr()
         few = tables.few and not cut.wide
         job = DecodeJob(
-            self.backend._book(self.books[first], self.where), cut.buckets.data_ptr(), self._pointers.data_ptr(), cut.count,
+            self.backend._book(self.books[first], self.where), cut.buckets.data_ptr(), self._pointers.data_ptr(),
+            cut.num_buckets,
             address + sections.at("coded"), sections.num_words, sections.ends(on_device).data_ptr(),
             address + sections.at("lengths"), address + sections.at("norms"), address + sections.at("sources"),
             address + sections.at("todo"), self._wrong.data_ptr(), end - first, len(self.targets), layout.bucket_size,
@@ -434,7 +443,8 @@ class _Sections:
 
 def _fixed_bytes(counts: np.ndarray, width: int, norms: Tensor) -> np.ndarray:
     # A bucket whose norm says all has no code.
-    return (counts * width + 7) // 8 * (norms.clone().view(torch.float32).numpy() > 0)
+    bits = norms.clone().view(torch.int32).numpy()
+    return (counts * width + 7) // 8 * ((bits > 0) & (bits <= _INFINITE))
 
 
 def _is_broken(most: float, target: Tensor) -> bool:
@@ -457,15 +467,10 @@ def _aligned(num_bytes: int) -> int:
 
 
 def _room(words: int, cut: Cut) -> int:
-    """Bytes of shared memory of a block for rows of bytes and for codes of ``words`` words: ``room_of`` of the kernels."""
+    """Bytes of shared memory of a block for rows of bytes and codes of ``words`` words: the kernels' ``room_of``."""
     rows, code = ROW_BYTES * cut.warps, 4 * ((words + 7) // 4 * 4)
     both = max(rows, code) if cut.wide else WARPS * (ROW_BYTES + code)
     return _aligned(4 * (MOST_WARPS + 4)) + 8 * 16 + _aligned(both)
-
-
-def _device_of(segments: Sequence[Tensor], otherwise: torch.device) -> torch.device:
-    """Of those that are there; one that is absent may lie anywhere."""
-    return next((segment.device for segment in segments if segment.numel()), otherwise)
 
 
 def _check(segments: Sequence[Tensor], layout: Layout) -> None:
@@ -474,3 +479,10 @@ def _check(segments: Sequence[Tensor], layout: Layout) -> None:
     for segment in segments:
         if segment.dtype is not torch.float32 or not segment.is_contiguous():
             raise ValueError(f"segments must be contiguous float32 tensors, got {segment.dtype}")
+    _check_device(segments)
+
+
+def _check_device(segments: Sequence[Tensor]) -> None:
+    """Kernels believe pointers: what lies elsewhere must stop here."""
+    if len(devices := {segment.device for segment in segments if segment.numel()}) > 1:
+        raise ValueError(f"segments must lie on one device, got {', '.join(sorted(map(str, devices)))}")

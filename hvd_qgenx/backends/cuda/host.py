@@ -22,7 +22,13 @@ from hvd_qgenx.payload import CHECKSUM, FIXED, INLINE, inline_bytes, read_fields
 class Places(Structure):
     """Where a payload's sections begin, in bytes, and how many buckets it has."""
 
-    _fields_ = [("raw", c_uint64), ("norms", c_uint64), ("lengths", c_uint64), ("coded", c_uint64), ("buckets", c_uint64)]
+    _fields_ = [
+        ("raw", c_uint64),
+        ("norms", c_uint64),
+        ("lengths", c_uint64),
+        ("coded", c_uint64),
+        ("buckets", c_uint64),
+    ]
 
 
 class Begun(NamedTuple):
@@ -64,6 +70,14 @@ def seal(out: Tensor, coded_end: int) -> int:
     return size
 
 
+def add_raw(payload: Tensor, start: int, total: np.ndarray, add: bool, divisor: float, factor: float) -> None:
+    """Adds the raw coordinates that begin at this byte of a payload to float32 ones, or to zeros, and finishes."""
+    core._library().qgenx_add_raw(
+        ctypes.c_void_p(payload.data_ptr() + start), c_uint64(len(total)), ctypes.c_void_p(total.ctypes.data),
+        c_int(add), c_float(divisor), c_float(factor),
+    )  # fmt: skip
+
+
 class Located(NamedTuple):
     """What payloads hold for a target, checked but for their code words.
 
@@ -73,7 +87,7 @@ class Located(NamedTuple):
         most: float64[S], more than any sum can come to; NaN where a payload says NaN.
     """
 
-    places: Sequence[Places]
+    places: ctypes.Array
     raws: np.ndarray
     buckets: np.ndarray
     most: np.ndarray

@@ -230,4 +230,3 @@ def _fill_limits(book: Book, words: dict[int, str]) -> bool:
 def _ended(words: dict[int, str], depth: int) -> list[tuple[str, int]]:
     """Words of up to ``depth`` bits, and the numbers of so many bits that they are first of."""
     return [(word, int(word, 2) << (depth - len(word))) for word in words.values() if 0 < len(word) <= depth]
-

@@ -73,7 +73,7 @@ def compiled(architecture: str, folder: Path | None = None) -> bytes:
 
 
 def compile_for(architecture: str, *options: str) -> dict[str, bytes]:
-    """"CUBIN", "PTX" and the "ProgramLog" of a compilation; raises DeviceError with the compiler's first error."""
+    """ "CUBIN", "PTX" and the "ProgramLog" of a compilation; raises DeviceError with the compiler's first error."""
     files = dict(source())
     main, program = files.pop("kernels.cu"), ctypes.c_void_p()
     strings = ctypes.c_char_p * len(files)

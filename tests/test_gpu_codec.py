@@ -1,0 +1,25 @@
+"""Every test of the codec, on the kernels of a GPU as the CPU runs them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hvd_qgenx import backends
+
+sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+from emulator import emulated  # noqa: E402
+from test_codec import *  # noqa: E402, F403
+from test_segments import *  # noqa: E402, F403
+from test_unbiased import *  # noqa: E402, F403
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    return emulated(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(autouse=True)
+def on_the_kernels(kernels):
+    with backends.force(kernels):
+        yield
