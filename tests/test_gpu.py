@@ -1,6 +1,7 @@
 """Kernels of a GPU without one: run by the CPU from the same text, and compiled by NVRTC where that is installed."""
 
 import ctypes
+import os
 import re
 import subprocess
 import sys
@@ -124,8 +125,6 @@ for number in range(25):
 
 
 def _environment():
-    import os
-
     return {**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "OMP_NUM_THREADS": "1"}
 
 
@@ -223,5 +222,8 @@ def test_a_payload_that_only_a_device_refuses_is_not_blamed(folder, monkeypatch)
 
 
 def test_importing_the_package_loads_no_kernel_and_touches_no_device():
-    script = "import hvd_qgenx, sys, torch; assert 'hvd_qgenx.backends.cuda' not in sys.modules and not torch.cuda.is_initialized()"
+    script = (
+        "import hvd_qgenx, sys, torch\n"
+        "assert 'hvd_qgenx.backends.cuda' not in sys.modules and not torch.cuda.is_initialized()"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, env=_environment())

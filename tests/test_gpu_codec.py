@@ -8,10 +8,10 @@ import pytest
 from hvd_qgenx import backends
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
-from emulator import emulated  # noqa: E402
-from test_codec import *  # noqa: E402, F403
-from test_segments import *  # noqa: E402, F403
-from test_unbiased import *  # noqa: E402, F403
+from emulator import emulated
+from test_codec import *  # noqa: F403
+from test_segments import *  # noqa: F403
+from test_unbiased import *  # noqa: F403
 
 
 @pytest.fixture(scope="module")

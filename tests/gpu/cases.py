@@ -11,10 +11,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-
 from emulator import EXACT, emulated
+
 from hvd_qgenx import Codec, Key, Levels, PayloadError
 from hvd_qgenx.backends.compiled import Compiled, best_path
+from hvd_qgenx.backends.cuda import host
 from hvd_qgenx.codebook import CODERS
 from hvd_qgenx.payload import CHECKSUM, OFFSETS
 
@@ -116,27 +117,21 @@ def compare(case: Case, ours, core) -> str:
     return "" if case.statistics(ours, form) == case.statistics(core, form) else form
 
 
-def damage(case: Case, payload: torch.Tensor, core) -> torch.Tensor:
+def damage(case: Case, payload: torch.Tensor) -> torch.Tensor:
     """A payload with bytes changed behind its header, and a checksum that fits again."""
     damaged, draw = payload.clone(), case.draw
     start = draw.choice([OFFSETS["codebook_hash"] + 8, len(payload) * 3 // 4]) if case.inline else len(payload) * 2 // 3
     for _ in range(draw.choice([1, 1, 3, 20])):
         place = draw.randrange(min(start, len(payload) - CHECKSUM.size - 1), len(payload) - CHECKSUM.size)
         damaged[place] ^= draw.choice([1 << draw.randrange(8), draw.randrange(1, 256)])
-    core_seal(damaged)
+    host.seal(damaged, len(damaged) - CHECKSUM.size)
     return damaged
-
-
-def core_seal(payload: torch.Tensor) -> None:
-    from hvd_qgenx.backends.cuda import host
-
-    host.seal(payload, len(payload) - CHECKSUM.size)
 
 
 def compare_damaged(case: Case, ours, core) -> tuple[str, bool]:
     """What differs, or nothing; and whether the core refuses it."""
     payload, _ = case.encode(core)
-    damaged = damage(case, payload, core)
+    damaged = damage(case, payload)
     expected = case.decode(core, [damaged])
     return "" if same(case.decode(ours, [damaged]), expected) else "a damaged payload", isinstance(expected, str)
 

@@ -12,7 +12,7 @@ import hvd_qgenx
 from hvd_qgenx import backends
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
-from emulator import emulated  # noqa: E402
+from emulator import emulated
 
 
 def _train(exchange, steps=3):

@@ -253,8 +253,8 @@ class _Coding:
         lengths = self._report[self._lengths :].view(torch.int16)
         self._ends = (lengths.long() & 0xFFFF).cumsum(0)
         job = GatherJob(
-            self._codes.data_ptr(), self._ends.data_ptr(), lengths.data_ptr(), self._bytes.data_ptr(), self.cut.num_buckets,
-            self.stride,
+            self._codes.data_ptr(), self._ends.data_ptr(), lengths.data_ptr(), self._bytes.data_ptr(),
+            self.cut.num_buckets, self.stride,
         )  # fmt: skip
         self.device.launch("gather", job, self.where, *_grid(self.cut.num_buckets), 0)
 

@@ -15,7 +15,8 @@ DEVICE unsigned goes_on(const Book &book, const unsigned *planes, int d) {
     unsigned result = 0;
     for (int i = 0; i < book.num_intervals[d + 1]; i++) {
         const int *interval = book.intervals[d + 1][i];
-        result |= no_less<PLANES>(planes, unsigned(interval[0]), d) & ~no_less<PLANES>(planes, unsigned(interval[1]), d);
+        result |=
+            no_less<PLANES>(planes, unsigned(interval[0]), d) & ~no_less<PLANES>(planes, unsigned(interval[1]), d);
     }
     return result;
 }

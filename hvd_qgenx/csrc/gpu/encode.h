@@ -54,8 +54,8 @@ DEVICE float with_sign_of(float value, float magnitude) {
 
 /* Rounds a group's coordinates; their names, or words, go to the rows, and v becomes what rounding adds to it. */
 template <Search SEARCH, bool SMALL, bool WIDE>
-DEVICE void round_tile(const Rounding &r, float *v, int count, const Tables &tables,
-                       unsigned *counts, const Group<WIDE> &group, unsigned char *rows) {
+DEVICE void round_tile(const Rounding &r, float *v, int count, const Tables &tables, unsigned *counts,
+                       const Group<WIDE> &group, unsigned char *rows) {
     Counts few;
     int left = count - (WIDE ? TILE * group.warp : 0) - group.lane;
 #pragma unroll

@@ -6,7 +6,7 @@
 #ifndef QGENX_EMULATED
 #define DEVICE __device__ __forceinline__
 #define DEVICE_MEMBER __device__ __forceinline__
-#define KERNEL extern "C" __global__ void __launch_bounds__(32 * WARPS, 5)             /* at most 96 registers */
+#define KERNEL extern "C" __global__ void __launch_bounds__(32 * WARPS, 5)              /* at most 96 registers */
 #define WIDE_KERNEL extern "C" __global__ void __launch_bounds__(32 * (MOST_WARPS + 4)) /* the same */
 #define JOB(type) const __grid_constant__ type
 #define SHARED_BYTES(name) extern __shared__ __align__(16) unsigned char name[]

@@ -146,7 +146,9 @@ DEVICE float small_place_of(float v, const Rounding &r, unsigned &below) {
 }
 
 /* floor((round(x) + draw) / 2^bits), where a draw is that many of the random bits, the highest. */
-DEVICE unsigned rounded(float x, unsigned random, int bits) { return (__float2uint_rn(x) + (random >> (32 - bits))) >> bits; }
+DEVICE unsigned rounded(float x, unsigned random, int bits) {
+    return (__float2uint_rn(x) + (random >> (32 - bits))) >> bits;
+}
 
 template <Search SEARCH, bool SMALL>
 DEVICE unsigned index_of(float v, const Rounding &r, unsigned random) {
