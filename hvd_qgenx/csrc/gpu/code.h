@@ -13,6 +13,7 @@ template <bool CANONICAL, int PLANES>
 DEVICE unsigned goes_on(const Book &book, const unsigned *planes, int d) {
     if (CANONICAL) return no_less<PLANES>(planes, unsigned(book.limits[d + 1]), d);
     unsigned result = 0;
+#pragma unroll 1
     for (int i = 0; i < book.num_intervals[d + 1]; i++) {
         const int *interval = book.intervals[d + 1][i];
         result |=

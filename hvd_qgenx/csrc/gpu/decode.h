@@ -103,6 +103,7 @@ DEVICE void decode_bucket(const DecodeJob &job, long long bucket, const Group<WI
 #pragma unroll
         for (int t = 0; t < 32; t++) sums[t] = 0.0f;
     bool found = false;
+#pragma unroll 1
     for (int payload = 0; payload < job.num_payloads; payload++) {
         long long source = job.sources[(long long)payload * job.num_segments + place.segment];
         if (source < 0) continue;

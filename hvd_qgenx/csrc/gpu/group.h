@@ -44,6 +44,7 @@ struct Group {
         __syncthreads();
         int before = 0;
         total = 0;
+#pragma unroll 1
         for (int other = 0; other < warps; other++) {
             before += other < warp ? board[other] : 0;
             total += board[other];
@@ -67,6 +68,7 @@ struct Group {
         if (lane == 0) board[warp] = highest;
         __syncthreads();
         highest = -1;
+#pragma unroll 1
         for (int other = 0; other < warps; other++) {
             if (other < warp && board[other] > before) before = board[other];
             if (board[other] > highest) highest = board[other];

@@ -36,6 +36,7 @@ DEVICE double fold(double sum) {
 template <bool WIDE>
 DEVICE double squares_of(const float *v, const Group<WIDE> &group, double *carry) {
     double sum = 0.0;
+#pragma unroll 1
     for (int turn = 0; turn < (WIDE ? group.warps : 1); turn++) {
         if (!WIDE || turn == group.warp) {
             if (WIDE && turn) sum = carry[group.lane & 15];
@@ -72,6 +73,7 @@ DEVICE float largest_of(const float *v, const Group<WIDE> &group) {
     if (!WIDE) return __uint_as_float(most);
     if (group.lane == 0) group.board[group.warp] = int(most);
     __syncthreads();
+#pragma unroll 1
     for (int warp = 0; warp < group.warps; warp++)
         if (unsigned(group.board[warp]) > most) most = unsigned(group.board[warp]);
     __syncthreads();
