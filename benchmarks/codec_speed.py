@@ -2,7 +2,6 @@
 
     python benchmarks/codec_speed.py             # 3 minutes; writes codec_speed.csv and .png to benchmarks/results
     python benchmarks/codec_speed.py --table     # prints the committed rows as the table of docs/speed.md
-    python benchmarks/codec_speed.py --brief     # prints four of them as the README's table
 
 One core, a gradient of 64 MiB. In every round each call is timed once, so that slow phases of the machine fall on all
 of them alike, and the samples that met the core at its full pace count (see ``medians``); a speed is the median time
@@ -84,7 +83,6 @@ OTHERS = {
 }
 OVERHEADS = ("adaptive4", "uniform4_l2", "ternary_l2")  # whose bits are compared with the entropy
 PACKED = ("packed4", "packed8")
-BRIEF = ("adaptive4", "packed4", "fp16", "grace")  # rows of the README's table
 
 
 @dataclass(frozen=True)
@@ -492,13 +490,6 @@ def table(folder: Path = RESULTS) -> str:
     return _markdown(rows, {**CODECS, **PEERS, **OTHERS}, SHOWN, [[_memcpy_label(rows), *memcpy]])
 
 
-def brief_table(folder: Path = RESULTS) -> str:
-    """Bits and speeds of the rows in ``BRIEF``, as Markdown."""
-    labels = {**CODECS, **PEERS}
-    shown = {name: SHOWN[name] for name in ("bits", "encode", "decode")}
-    return _markdown(read(folder), {row: labels[row] for row in BRIEF}, shown, [])
-
-
 def _markdown(rows: dict, labels: dict[str, str], shown: dict[str, str], lines: list[list[str]]) -> str:
     """A line for each label whose row has one of the figures in ``shown``, after ``lines``."""
     found = {row: [_cell(rows, row, name) for name in shown] for row in labels}
@@ -559,7 +550,6 @@ def load(flags) -> Tensor:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the table of the rows in --results and end")
-    parser.add_argument("--brief", action="store_true", help="print the table of four of them and end")
     parser.add_argument("--numel", type=int, default=2**24, help="coordinates of a Gaussian gradient")
     parser.add_argument("--gradient", help="a tensor saved by torch.save, to be taken instead")
     parser.add_argument("--rounds", type=int, default=30)
@@ -570,8 +560,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if flags.memory:
         print(peak_memory(flags.memory, flags.out, load(flags)))
-    elif flags.brief:
-        print(brief_table(flags.results))
     else:
         if not flags.table:
             source = ["--gradient", flags.gradient] if flags.gradient else ["--numel", str(flags.numel)]

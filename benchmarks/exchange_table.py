@@ -41,6 +41,27 @@ def table(rows: list[dict] | None = None) -> str:
     return "\n\n".join([*(_cell_table(found) for found in _by_cell(rows)), *_growth_table(rows)])
 
 
+def brief_table(rows: list[dict] | None = None) -> str:
+    """Markdown: a line for every cell with a network: Horovod's own, the faster plan at 4 bits, and the ratios."""
+    lines = [_brief(found) for found in _by_cell(newest() if rows is None else rows) if found[0]["rate"] != LOOPBACK]
+    headings = ["link", "hosts", "gradient", "timed", "Horovod, float32", "fp16", "qgenx, 4 bits", "plan",
+                "float32 / qgenx", "fp16's wire alone / qgenx"]  # fmt: skip
+    return "\n".join(_markdown(headings, lines))
+
+
+def _brief(rows: list[dict]) -> list[str]:
+    """Milliseconds; empty where a cell lacks the method."""
+    by_method: dict[str, list[dict]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    first, best = rows[0], min(by_method["wrapper_4"], key=lambda row: float(row["ms_median"]))
+    shown = [(by_method.get(name) or [{"ms_median": ""}])[0]["ms_median"] for name in ("stock_float32", "stock_fp16")]
+    times = [float(best["float32_over_this"]), float(best["fp16_wire_ms"]) / float(best["ms_median"])]
+    ratios = [f"{ratio:.1f}" for ratio in times]
+    place = [first["rate"], str(first["hosts"]), f"{first['model']}, {int(first['numel']):,}", first["mode"]]
+    return [*place, *shown, str(best["ms_median"]), best["plan"], *ratios]
+
+
 def summary(rows: list[dict]) -> list[str]:
     """A sentence for every cell, about the fastest of what is coded."""
     lines = []

@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-from exchange_table import LOOPBACK, newest, plot, summary, table
+from exchange_table import LOOPBACK, brief_table, newest, plot, summary, table
 from laboratory import LaboratoryError, bits_per_second, horovodrun, laboratory, obstacle
 from records import ROOT, append, provenance
 from shapes import count, shapes_of
@@ -253,6 +253,7 @@ def grid_of(flags) -> list[tuple[str, int, str]]:
 def parsed():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the tables of the newest rows, draw them, and end")
+    parser.add_argument("--brief", action="store_true", help="with --table: a line for each cell, for 4 bits")
     parser.add_argument("--full", action="store_true", help=f"instead of the small grid: {FULL}")
     parser.add_argument("--rates", nargs="+", help="as tc writes them, or loopback")
     parser.add_argument("--hosts", nargs="+", type=int)
@@ -269,7 +270,7 @@ def parsed():
 def main() -> int:
     flags, failures = parsed(), 0
     if flags.table:
-        print(table(chosen(newest(flags.results), flags)))
+        print((brief_table if flags.brief else table)(chosen(newest(flags.results), flags)))
     else:
         grid = grid_of(flags)
         if any(rate != LOOPBACK for rate, _, _ in grid) and (reason := obstacle()):

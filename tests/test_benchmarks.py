@@ -43,14 +43,6 @@ def test_codec_speed_writes_every_row(codec_speed, tmp_path):
     assert (tmp_path / "codec_speed.png").exists()
 
 
-def test_the_brief_table_is_rows_of_the_whole_one(codec_speed):
-    whole = {line.split(" | ")[0]: line for line in codec_speed.table().splitlines()[2:]}
-    head, _, *brief = codec_speed.brief_table().splitlines()
-    assert head == "| | bits per coordinate | encode | decode + add |" and len(brief) == len(codec_speed.BRIEF)
-    for line in brief:
-        assert whole[line.split(" | ")[0]].startswith(line.removesuffix(" |"))
-
-
 def test_rows_name_the_version_where_there_is_no_checkout(codec_speed, monkeypatch, tmp_path):
     records = importlib.import_module("records")
     monkeypatch.setattr(records, "ROOT", tmp_path)

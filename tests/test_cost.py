@@ -19,7 +19,9 @@ from hvd_qgenx.exchange.cost import (
     explain,
     link_bytes,
     needs_no_measurement,
+    part_bytes,
 )
+from hvd_qgenx.layout import Layout
 
 ALLGATHER, TWO_PHASE = Way("qgenx", 4, "allgather"), Way("qgenx", 4, "two_phase")
 NONE, FP16 = Way("none", 0, "allreduce"), Way("fp16", 0, "allreduce")
@@ -100,7 +102,7 @@ def test_parts_are_taken_only_where_work_and_wire_are_both_long():
         return choose(Network.ideal(3, 1e-3, rate, overlap), {ALLGATHER: _works(3)[ALLGATHER]}, numel).parts
 
     assert parts(GIGABIT, LARGE) > 1
-    assert parts(GIGABIT, LARGE, overlap=0.0) == 1, "nothing is hidden"
+    assert parts(GIGABIT, LARGE, overlap=0.0) == parts(GIGABIT, LARGE, overlap=0.5), "a bad moment is not believed"
     assert parts(GIGABIT / 1000, LARGE) == 1, "the codec is nothing beside the wire"
     assert parts(1000 * GIGABIT, LARGE) == 1, "the wire is nothing beside the codec"
     assert parts(GIGABIT, 2 * LEAST_PART_BYTES // 4 - 1) == 1, "parts would be small"
@@ -114,6 +116,14 @@ def test_parts_are_none_where_vectors_may_not_be_cut():
 def test_parts_cover_the_vector():
     choice = choose(Network.ideal(3, 1e-3, GIGABIT), _coded(3), LARGE)
     assert choice.parts * choice.part_bytes(LARGE) >= 4 * LARGE > (choice.parts - 1) * choice.part_bytes(LARGE)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("bucket_size", [1, 512, 1024, 16384])
+def test_one_vector_is_cut_into_as_many_parts_as_were_chosen(parts, bucket_size):
+    for numel in (2**22, LARGE, LARGE + 1, 123_456_789):
+        layout = Layout((numel,), min_numel=1024, bucket_size=bucket_size)
+        assert len(layout.parts(part_bytes(numel, parts) or 2**62)) == parts
 
 
 @pytest.mark.parametrize("numel", [100_000, LARGE])

@@ -105,7 +105,13 @@ def run_ranks(
 ) -> subprocess.CompletedProcess:
     """A command on several ranks; the limit only ends a hang, which is a failure."""
     launcher = ["horovodrun", f"--{backend}", "-np", str(ranks), *(["-H", hosts] if hosts else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOROVOD_DYNAMIC_PROCESS_SETS": "1", **variables}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
+        "HOROVOD_TIMELINE": "DYNAMIC",  # a test asks for one
+        **variables,
+    }
     return subprocess.run(
         [*launcher, *command],
         cwd=FOLDER,

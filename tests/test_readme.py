@@ -14,12 +14,14 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
     ("page", "benchmark", "option"),
     [
         ("README.md", "bytes_sent", ""),
-        ("README.md", "codec_speed", " --brief"),
         ("docs/speed.md", "codec_speed", ""),
         ("docs/levels.md", "staleness", ""),
         ("docs/levels.md", "levels_table", ""),
         ("docs/exchange.md", "two_phase_error", ""),
         ("docs/exchange.md", "exchange_memory", ""),
+        ("docs/exchange.md", "exchange_time", ""),
+        ("docs/exchange.md", "overlap_time", ""),
+        ("README.md", "exchange_time", " --brief"),
     ],
 )
 def test_tables_are_those_of_the_committed_rows(monkeypatch, page, benchmark, option):
@@ -51,6 +53,9 @@ def test_figures_of_the_readmes_text_are_those_of_the_tables():
     ratio = float(re.search(r"qgenx\(bits=4\)`: adaptive.*\| ([\d.]+) \| [\d.]+ \|$", readme, re.M).group(1))
     fp16 = float(re.search(r"`Compression.fp16` .*\| ([\d.]+) \| not measured", readme).group(1))
     assert f"**{ratio:.0f} times fewer bytes**" in readme
+    resnet, wgan = (re.search(rf"\| {link} \| 3 \| {model}.*\| step .*\| ([\d.]+) \| [\d.]+ \|$", readme, re.M).group(1)
+                    for link, model in (("1gbit", "resnet50"), ("100mbit", "wgan")))  # fmt: skip
+    assert f"**{resnet} times faster exchanges**" in readme and f"{wgan} times for a WGAN at 100 Mbit/s" in readme
     # K c < 2 d and K c < d, for the largest K.
     assert f"against float32 up to {int(2 * ratio)} ranks, and against fp16 up to {int(2 * ratio / fp16)}" in readme
     iterations = re.search(r"\| iterations to a gap, d = 10,240 .*\| ([\d.]+) \| 0 to", rates).group(1)

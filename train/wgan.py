@@ -209,6 +209,7 @@ def train(flags: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // hvd.local_size()))
     if flags.device == "cuda":
         torch.cuda.set_device(hvd.local_rank())
+        hvd_qgenx.Compression.qgenx(device="cuda")  # asks for this process: its gradients are coded where they are
     if flags.batch < hvd.size():
         raise TrainingError(f"--batch {flags.batch} is too small: each of the {hvd.size()} ranks needs an image.")
     images, origin = load_images(flags.data)

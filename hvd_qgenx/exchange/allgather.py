@@ -64,7 +64,7 @@ class AllgatherFlight(Flight):
 
     @cached_property
     def _messages(self) -> tuple[list[Envelope], list[Tensor]]:
-        return split(self.pending.wait())
+        return split(self.messenger.wait(self.pending))
 
     @cached_property
     def arrived(self) -> Arrived:

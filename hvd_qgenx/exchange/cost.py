@@ -20,14 +20,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+from hvd_qgenx.layout import MAX_BUCKET_SIZE
 
 #: Of equally fast ways, the more exact one is taken: one that takes up to this share more time counts as equally fast.
 TOLERANCE = 0.05
 #: float32 bytes below which no part is cut; the model's error would exceed what smaller ones can save.
 LEAST_PART_BYTES = 8 * 2**20
 _PARTS = (1, 2, 4, 8, 16)
+#: The overlap by which parts are counted out, at least. What a part costs is known, a latency; what it saves rests on a
+#: measured overlap, which comes out too low where cores are busy just then, and parts save waiting for late ranks too.
+_LEAST_OVERLAP = 0.5
+_PARTS_TOLERANCE = 1.02  # fewer parts, if they are expected to take next to no more time
 _FLOAT32 = 4
 
 
@@ -126,8 +132,16 @@ class Choice:
     estimate: Estimate
 
     def part_bytes(self, numel: int) -> int:
-        """float32 bytes of a part; 0 for all in one message."""
-        return -(-numel * _FLOAT32 // self.parts) if self.parts > 1 else 0
+        """As of ``part_bytes``."""
+        return part_bytes(numel, self.parts)
+
+
+def part_bytes(numel: int, parts: int) -> int:
+    """float32 bytes of a part of one vector; 0 for all in one message.
+
+    Whole buckets, of any usual size: parts are cut at buckets, and a little less each would leave a small one over.
+    """
+    return _FLOAT32 * MAX_BUCKET_SIZE * -(-numel // (parts * MAX_BUCKET_SIZE)) if parts > 1 else 0
 
 
 class _Stage(NamedTuple):
@@ -168,18 +182,23 @@ def choose(
 
     Args:
         works: in their order from the most exact way to the least; of those within ``TOLERANCE`` of the fastest the
-            first is taken, and of its numbers of parts the smallest.
+            first is taken.
         in_parts: whether vectors may be cut; what an allreduce carries never is.
         tokens: as of ``estimate``.
     """
-    found = [
-        Choice(way, parts, estimate(network, way, work, numel, parts, tokens))
-        for way, work in works.items()
-        for parts in _PARTS
-        if parts == 1 or (in_parts and way.plan != "allreduce" and numel * _FLOAT32 >= parts * LEAST_PART_BYTES)
-    ]
+    found = [_in_best_parts(network, way, work, numel, in_parts, tokens) for way, work in works.items()]
     limit = (1 + TOLERANCE) * min(choice.estimate.seconds for choice in found)
     return next(choice for choice in found if choice.estimate.seconds <= limit)
+
+
+def _in_best_parts(network: Network, way: Way, work: Work, numel: int, in_parts: bool, tokens: bool) -> Choice:
+    """One way in as few parts as are expected to take least, if overlap is not quite as bad as measured."""
+    hopeful = replace(network, overlap=max(network.overlap, _LEAST_OVERLAP))
+    may_cut = in_parts and way.plan != "allreduce"
+    allowed = [parts for parts in _PARTS if parts == 1 or (may_cut and numel * _FLOAT32 >= parts * LEAST_PART_BYTES)]
+    seconds = {parts: estimate(hopeful, way, work, numel, parts, tokens).seconds for parts in allowed}
+    parts = next(parts for parts in allowed if seconds[parts] <= _PARTS_TOLERANCE * min(seconds.values()))
+    return Choice(way, parts, estimate(network, way, work, numel, parts, tokens))
 
 
 def explain(network: Network, alone: Mapping[Way, Choice], numel: int, choice: Choice) -> str:

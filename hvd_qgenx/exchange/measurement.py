@@ -22,7 +22,7 @@ _FIRST_LINK_BYTES, _MOST_BYTES = 2**18, 2**23
 _TINY_BYTES = 64
 #: A message that takes this long is large enough: latency and the clock are a small share of it. Several of them must
 #: fit into half a second.
-_ENOUGH_SECONDS = 0.015
+_ENOUGH_SECONDS, _MANY_LATENCIES = 0.015, 5
 _KINDS = {"allreduce": "allreduce", "allgather": "allgather", "two_phase": "alltoall"}
 _LOGGER = logging.getLogger("hvd_qgenx")
 
@@ -81,18 +81,22 @@ class Meter:
     def _ladder(self) -> tuple[int, Line]:
         """A message large enough to be timed, and the allgather's line."""
         size = max(_FIRST_LINK_BYTES // max(self.transport.size - 1, 1), _TINY_BYTES)
-        while size < _MOST_BYTES and not self._is_enough(size):
+        enough = max(_ENOUGH_SECONDS, _MANY_LATENCIES * self._tiny(self._allgather))
+        while size < _MOST_BYTES and not self._takes(size, enough):
             size *= 2
         return size, self._line(self._allgather, size)
 
-    def _is_enough(self, size: int) -> bool:
+    def _takes(self, size: int, seconds: float) -> bool:
         """Twice, since a core that is busy elsewhere can make any message late."""
-        return all(self._time(self._allgather, size) >= _ENOUGH_SECONDS for _ in range(2))
+        return all(self._time(self._allgather, size) >= seconds for _ in range(2))
 
     def _line(self, start: Start, size: int) -> Line:
-        """Through the shortest of a few tiny messages, since whatever else happens makes one late, and large ones."""
-        tiny = min(self._time(start, _TINY_BYTES * self.transport.size) for _ in range(3))
+        tiny = self._tiny(start)
         return Line(tiny, max(self._steady(start, size) - tiny, 0.0) / size)
+
+    def _tiny(self, start: Start) -> float:
+        """Seconds of a tiny message, the shortest of a few: whatever else happens makes one late and never early."""
+        return min(self._time(start, _TINY_BYTES * self.transport.size) for _ in range(3))
 
     def _steady(self, start: Start, size: int) -> float:
         """The median of a few messages, one after another, of the slowest rank.

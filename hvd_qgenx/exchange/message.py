@@ -145,7 +145,7 @@ class Messenger:
 
     def start(self, message: Tensor, part: int = 0, phase: int = 0) -> Pending:
         """Starts an allgather of a sealed message."""
-        return self.transport.allgather(self.communication.count(message, phase), self._name(part, phase))
+        return self.transport.allgather(self.communication.count(message, phase), self._name(part, phase), part)
 
     def start_alltoall(self, messages: Tensor, lengths: Sequence[int], part: int) -> Pending:
         """Starts an alltoall of sealed messages, one for each rank, one after another."""

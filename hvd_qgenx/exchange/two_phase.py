@@ -49,7 +49,7 @@ class TwoPhase(Plan):
     def refuse(self, envelope: Envelope) -> None:
         ranks, message = self.messenger.transport.size, seal(envelope, room_for(0), 0)
         pending = self.messenger.start_alltoall(message.repeat(ranks), [len(message)] * ranks, 0)
-        compare(split(pending.wait())[0], ranks)
+        compare(split(self.messenger.wait(pending))[0], ranks)
 
 
 class TwoPhaseFlight(Flight):

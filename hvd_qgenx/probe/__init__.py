@@ -28,7 +28,7 @@ from hvd_qgenx.communication import Communication
 from hvd_qgenx.compressor import check_horovod
 from hvd_qgenx.exchange import PLANS, CodedExchange, DenseExchange, Exchange
 from hvd_qgenx.exchange.coded import rehearse_coded
-from hvd_qgenx.exchange.cost import TOLERANCE, Network, Way, Work, choose, estimate, link_bytes
+from hvd_qgenx.exchange.cost import TOLERANCE, Network, Way, Work, choose, estimate, link_bytes, part_bytes
 from hvd_qgenx.exchange.dense import rehearse_dense
 from hvd_qgenx.exchange.measurement import Meter
 from hvd_qgenx.exchange.message import Messenger
@@ -257,7 +257,7 @@ class _Probe:
         """Seconds of each exchange of the first ``numel`` coordinates; bytes handed over in one, and in its second
         phase; and the relative variance of one rank's rounding."""
         sizes = _cut(self.sizes, numel)
-        exchange = _make(way, self.transport, -(-4 * numel // parts) if parts > 1 else 0)
+        exchange = _make(way, self.transport, part_bytes(numel, parts))
         exchange.describe(["probe"], [torch.float32], sizes)
         spent = sum(self._exchange(exchange, numel, sizes) for _ in range(_WARM_UPS))
         before = (exchange.communication.bytes_sent, exchange.communication.second_phase_bytes)

@@ -54,8 +54,14 @@ class Transport(ABC):
         """Raises RuntimeError, saying what to call first, if ranks are not connected."""
 
     @abstractmethod
-    def allgather(self, message: Tensor, name: str) -> Pending:
-        """The messages of all ranks, uint8[n] each of any length, one after another in rank order."""
+    def allgather(self, message: Tensor, name: str, lane: int = 0) -> Pending:
+        """The messages of all ranks, one after another in rank order.
+
+        Args:
+            message: uint8[n]; lengths may differ between ranks; beyond lane 0 they are multiples of 8.
+            lane: the same on all ranks. Operations of neighbouring lanes end one by one: they are not joined into one
+                where a framework joins what waits at the same time.
+        """
 
     @abstractmethod
     def alltoall(self, messages: Tensor, splits: Tensor, name: str) -> Pending:

@@ -15,6 +15,10 @@ from hvd_qgenx.transports.hosts import Place, check_hosts, group
 
 _POLL_SECONDS = 1e-4
 
+#: Horovod copies operations of one dtype that wait at the same time into one, which ends when its last byte is there;
+#: parts could then not be decoded one by one. Bytes of different lanes travel as words of different types.
+_LANES = (torch.uint8, torch.int64, torch.int32, torch.int16, torch.int8)
+
 
 def start() -> int:
     """Connects this process with the others, unless it is; returns its rank among all."""
@@ -25,8 +29,8 @@ def start() -> int:
 class _Handle(Pending):
     """A handle of Horovod's; its own wait spins, and takes the core that a slower rank needs to arrive."""
 
-    def __init__(self, handle: int):
-        self.handle = handle
+    def __init__(self, handle: int, dtype: torch.dtype | None = None):
+        self.handle, self.dtype = handle, dtype
 
     def done(self) -> bool:
         return hvd.poll(self.handle)
@@ -35,7 +39,8 @@ class _Handle(Pending):
         while not self.done():
             time.sleep(_POLL_SECONDS)
         result = hvd.synchronize(self.handle)
-        return result[0] if isinstance(result, tuple) else result  # alltoall adds the lengths
+        result = result[0] if isinstance(result, tuple) else result  # alltoall adds the lengths
+        return result if self.dtype is None else result.view(self.dtype)
 
 
 class HorovodTransport(Transport):
@@ -64,8 +69,9 @@ class HorovodTransport(Transport):
         if not hvd.is_initialized():
             raise RuntimeError("Horovod is not initialized: call horovod.torch.init() first")
 
-    def allgather(self, message: Tensor, name: str) -> Pending:
-        return _Handle(hvd.allgather_async(message, name=name, process_set=self.process_set))
+    def allgather(self, message: Tensor, name: str, lane: int = 0) -> Pending:
+        words = message.view(_LANES[lane % len(_LANES)])
+        return _Handle(hvd.allgather_async(words, name=name, process_set=self.process_set), torch.uint8)
 
     def alltoall(self, messages: Tensor, splits: Tensor, name: str) -> Pending:
         return _Handle(hvd.alltoall_async(messages, splits, name=name, process_set=self.process_set))

@@ -1,6 +1,7 @@
 """Plans and parts: what two phases, and several messages, change and what they must not."""
 
 import copy
+from pathlib import Path
 
 import horovod.torch as hvd
 import pytest
@@ -9,6 +10,7 @@ from ranks import gathered, loss, network, same_on_all_ranks
 
 import hvd_qgenx
 from hvd_qgenx import Compression
+from hvd_qgenx.transports.horovod import HorovodTransport
 
 RANKS = hvd.size()
 PLANS = ("allgather", "two_phase")
@@ -47,6 +49,21 @@ def _exact(gradients):
     lists = gathered(gradients)
     found = [[own[i].double() for own in lists if own[i] is not None] for i in range(len(SHAPES))]
     return [sum(parts) if parts else None for parts in found]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_phase_of_every_part_is_timed_and_a_range_of_torchs_profiler(plan):
+    parameters, optimizer = _optimizer(plan, part_bytes=12_000)
+    for call in range(2):  # levels are fitted, and the means' after them
+        _step(parameters, optimizer, _gradients(call))
+    before = dict(optimizer.communication.seconds)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        _step(parameters, optimizer, _gradients(2))
+    names = [event.name for event in profile.events() if event.name.startswith("hvd_qgenx.")]
+    parts, twice = len(optimizer._exchange._parts()), 2 if plan == "two_phase" else 1
+    assert parts > 1 and names.count("hvd_qgenx.wait") == names.count("hvd_qgenx.decode") == twice * parts
+    assert names.count("hvd_qgenx.encode") == parts * (RANKS + 1 if plan == "two_phase" else 1)
+    assert all(optimizer.communication.seconds[phase] > before[phase] for phase in before)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -237,3 +254,23 @@ def test_a_rank_that_cannot_send_tells_the_others_in_the_way_they_wait(plan, mad
     *others, last = gathered(str(raised.value))
     assert last == "the gradient of parameter.0.0 is sparse: pass sparse_as_dense=True"
     assert all(f"rank {RANKS - 1} at exchange {made} (refusal)" in other for other in others)
+
+
+def _joined(tmp_path, lanes) -> bool:
+    """Whether Horovod copies operations of these lanes, which wait at the same time, into one; from its timeline."""
+    transport = HorovodTransport()
+    path = f"{tmp_path}/timeline-{hvd.rank()}.json"
+    hvd.start_timeline(path)
+    for round_ in range(10):
+        message = torch.zeros(2**16, dtype=torch.uint8)
+        pending = [transport.allgather(message, f"lanes.{lanes}.{i}", lane) for i, lane in enumerate(lanes)]
+        assert all(len(operation.wait()) == RANKS * 2**16 for operation in pending), round_
+    hvd.barrier()
+    hvd.stop_timeline()
+    found = "MEMCPY_IN_FUSION_BUFFER" in Path(path).read_text() if hvd.rank() == 0 else None
+    return hvd.broadcast_object(found, name="joined")
+
+
+def test_parts_that_wait_at_the_same_time_arrive_one_by_one(tmp_path):
+    assert not _joined(tmp_path, (0, 1, 2, 3, 4))
+    assert _joined(tmp_path, (0, 0, 0, 0, 0)), "and the timeline tells: of one lane they are joined"
