@@ -198,8 +198,21 @@ def test_an_old_card_and_an_absent_compiler_are_named(monkeypatch, capability, r
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(nvrtc, "_candidates", lambda: iter(()))
     nvrtc.library.cache_clear()
-    assert reason in driver.reason_against()
-    nvrtc.library.cache_clear()
+    try:
+        assert reason in driver.reason_against()
+    finally:
+        nvrtc.library.cache_clear()
+
+
+def test_a_compiler_that_fails_is_a_reason_and_no_error(monkeypatch):
+    def fail(architecture):
+        raise DeviceError(f"the kernels do not compile: {architecture}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(nvrtc, "compiled", fail)
+    assert driver.reason_against() == "the kernels do not compile: sm_90"
 
 
 def test_an_unknown_device_is_named():

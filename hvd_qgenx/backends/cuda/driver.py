@@ -14,16 +14,18 @@ OLDEST = (7, 5)  # the first architecture that every NVRTC of ``nvrtc`` knows
 
 
 def reason_against() -> str | None:
-    """Why no kernels can run here, or None. Loads NVRTC and looks at the devices."""
+    """Why no kernels can run here, or None. Looks at the devices and compiles for them, unless that was kept."""
     if torch.version.hip:
         return "torch is built for another vendor's devices"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    capability = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
-    if capability < OLDEST:
-        return f"the device's compute capability is {capability[0]}.{capability[1]}, below {OLDEST[0]}.{OLDEST[1]}"
+    capabilities = set(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+    if (oldest := min(capabilities)) < OLDEST:
+        return f"the device's compute capability is {oldest[0]}.{oldest[1]}, below {OLDEST[0]}.{OLDEST[1]}"
     try:
-        nvrtc.library()
+        # Now, not in the first exchange: what fails here is a reason, what fails there is an error on one rank.
+        for major, minor in capabilities:
+            nvrtc.compiled(f"sm_{major}{minor}")
         _driver()
     except DeviceError as error:
         return str(error)
