@@ -23,6 +23,7 @@
 #define DEVICE static inline
 #define DEVICE_MEMBER inline
 #define KERNEL static void
+#define ANY_KERNEL static void
 #define WIDE_KERNEL static void
 #define JOB(type) const type &
 #define SHARED_BYTES(name) unsigned char *name = emulated::block.shared

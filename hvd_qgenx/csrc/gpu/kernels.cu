@@ -6,8 +6,10 @@
 #ifndef QGENX_EMULATED
 #define DEVICE __device__ __forceinline__
 #define DEVICE_MEMBER __device__ __forceinline__
-#define KERNEL extern "C" __global__ void __launch_bounds__(32 * WARPS, 5)              /* at most 96 registers */
-#define WIDE_KERNEL extern "C" __global__ void __launch_bounds__(32 * (MOST_WARPS + 4)) /* the same */
+#define KERNEL extern "C" __global__ void __launch_bounds__(32 * WARPS, 5) /* at most 96 registers */
+#define ANY_KERNEL \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, 4) /* at most 128: with 96 some would spill */
+#define WIDE_KERNEL extern "C" __global__ void __launch_bounds__(32 * MOST_WARPS) /* the same */
 #define JOB(type) const __grid_constant__ type
 #define SHARED_BYTES(name) extern __shared__ __align__(16) unsigned char name[]
 #define ADD_LONG(at, value) atomicAdd(reinterpret_cast<unsigned long long *>(at), (unsigned long long)(value))
@@ -99,7 +101,7 @@ KERNEL encode_few(JOB(EncodeJob) job) {
     encode<Search::FEW, false>(job, shared);
 }
 
-KERNEL encode_any(JOB(EncodeJob) job) {
+ANY_KERNEL encode_any(JOB(EncodeJob) job) {
     SHARED_BYTES(shared);
     encode<Search::ANY, false>(job, shared);
 }
@@ -146,7 +148,7 @@ KERNEL decode_few(JOB(DecodeJob) job) {
     decode<true, false>(job, shared);
 }
 
-KERNEL decode_any(JOB(DecodeJob) job) {
+ANY_KERNEL decode_any(JOB(DecodeJob) job) {
     SHARED_BYTES(shared);
     decode<false, false>(job, shared);
 }
