@@ -109,7 +109,7 @@ class Kernels(Backend):
         _check(segments, layout)
         where = device_of(segments, out.device)
         coding = _Coding(self, codebook, norm, layout, key, segments, where)
-        raw = [segment for segment in segments if segment.numel() < layout.min_numel]
+        raw = [segment.reshape(-1) for segment in segments if segment.numel() < layout.min_numel]
         raw = torch.cat(raw).cpu().split(list(map(len, raw))) if raw else []
         begun = host.begin(codebook, norm, layout, key, raw, out, inline)
         if not coding.cut.num_buckets:
