@@ -196,7 +196,7 @@ class Codec:
         factor: float = 1.0,
     ) -> tuple[bool, ...]:
         """Means of sections straight into float32 vectors; see ``Backend.decode_mean``."""
-        backend = backend_of(home(device_of(targets, payloads[0].device)))
+        backend = backend_of(home(device_of(targets, torch.device("cpu"))))
         return backend.decode_mean(self.codebook, payloads, targets, sections, factor)
 
     def parse(self, payload: Tensor, numel: int | None = None) -> Header:

@@ -23,3 +23,13 @@ def kernels(tmp_path_factory):
 def on_the_kernels(kernels):
     with backends.force(kernels):
         yield
+
+
+@pytest.fixture
+def path(on_the_kernels):
+    """Where the tests of segments go through the core's paths, they go through the kernels here."""
+    return "emulated"
+
+
+# Of the core alone; tests/gpu/cases.py compares what an encoding measures with it, spoiled segments too.
+del test_what_an_encoding_measures_is_what_receivers_will_see  # noqa: F821

@@ -127,7 +127,7 @@ class Kernels(Backend):
     # ---- decode ------------------------------------------------------------------------------------------------------
 
     def decode_mean(self, codebook, payloads, targets, sections=None, factor=1.0):
-        _check_device(targets)
+        _check_pointers(targets)
         lengths = list(map(Tensor.numel, targets))
         located = host.locate(codebook, payloads, lengths, sections, factor)
         where = device_of(targets, torch.device("cpu"))
@@ -475,14 +475,15 @@ def _room(words: int, cut: Cut) -> int:
 
 def _check(segments: Sequence[Tensor], layout: Layout) -> None:
     if tuple(map(Tensor.numel, segments)) != layout.sizes:
-        raise ValueError(f"segments must have the layout's {layout.numel} coordinates")
+        found = sum(map(Tensor.numel, segments))
+        raise ValueError(f"segments must have the layout's {layout.numel} coordinates, got {found}")
+    _check_pointers(segments)
+
+
+def _check_pointers(segments: Sequence[Tensor]) -> None:
+    """Kernels believe pointers: what they do not fit must stop here."""
     for segment in segments:
         if segment.dtype is not torch.float32 or not segment.is_contiguous():
-            raise ValueError(f"segments must be contiguous float32 tensors, got {segment.dtype}")
-    _check_device(segments)
-
-
-def _check_device(segments: Sequence[Tensor]) -> None:
-    """Kernels believe pointers: what lies elsewhere must stop here."""
+            raise ValueError(f"the kernels need contiguous torch.float32 tensors, got {segment.dtype}")
     if len(devices := {segment.device for segment in segments if segment.numel()}) > 1:
         raise ValueError(f"segments must lie on one device, got {', '.join(sorted(map(str, devices)))}")
