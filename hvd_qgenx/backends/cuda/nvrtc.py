@@ -44,6 +44,9 @@ def library() -> ctypes.CDLL:
     """NVRTC; raises DeviceError where there is none."""
     for name in _candidates():
         try:
+            # What it opens by itself lies beside it, where the loader need not look.
+            for part in sorted(Path(name).parent.glob("libnvrtc-builtins.so.*")) if "/" in name else []:
+                ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
             found = ctypes.CDLL(name)
         except OSError:
             continue
