@@ -6,7 +6,7 @@ RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTEST := $(RUN) HYPOTHESIS_STORAGE_DIRECTORY=.cache/hypothesis pytest
 CORE = $(shell find hvd_qgenx/csrc tests/fuzz tests/gpu -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help setup train test quick fuzz emulate sanitize format lint types dist clean
+.PHONY: help setup train test quick fuzz emulate sanitize format lint types dist image clean
 
 help:
 	@echo "make setup  make .venv ready: pinned packages, Horovod, this package"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint   check the code's style"
 	@echo "make types  check the package's types"
 	@echo "make dist   build a wheel and a source distribution in dist/, and check them"
+	@echo "make image  build the CPU's container image and run its quick tests inside (BASE=image, ARGS=... for the build)"
 	@echo "make clean  remove .venv, the compiled library and all else that was made here (runs/ stays)"
 
 setup:
@@ -56,6 +57,9 @@ dist: setup
 	rm -rf dist *.egg-info
 	$(RUN) python -m build --no-isolation
 	$(RUN) twine check --strict dist/*
+
+image:
+	BASE="$(BASE)" docker/build cpu $(ARGS)
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info hvd_qgenx/*.so

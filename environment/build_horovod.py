@@ -29,6 +29,8 @@ VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 COMPILERS = ("c++", "g++", "clang++")
 CPU_FLAGS = ("f16c", "avx", "fma")
+# Horovod's own names of choices about GPUs. Without them it takes a GPU's tensors through the host.
+GPU_CHOICES = ("HOROVOD_GPU_OPERATIONS", "HOROVOD_BUILD_CUDA_CC_LIST")
 PROGRESS_SECONDS = 30
 
 
@@ -169,10 +171,13 @@ def cuda_toolkit():
 
 
 def build_flags():
-    """The settings of the build, and the user's own compiler flags, which CMake reads too."""
+    """The settings of the build, the user's own compiler flags, which CMake reads too, and choices about GPUs."""
     users = {name: os.environ.get(name, "") for name in ("CFLAGS", "CXXFLAGS", "LDFLAGS")}
+    # Not for a CPU build of torch, beside which they would end the build.
+    chosen = {name: os.environ[name] for name in GPU_CHOICES if cuda_toolkit() and os.environ.get(name)}
     return {
         **users,
+        **chosen,
         "CMAKE_POLICY_VERSION_MINIMUM": "3.5",  # CMake 4 refuses the older policies of Gloo
         "HOROVOD_WITH_PYTORCH": "1",
         "HOROVOD_WITHOUT_TENSORFLOW": "1",

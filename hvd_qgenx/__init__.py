@@ -9,6 +9,7 @@ from hvd_qgenx import backends
 from hvd_qgenx.backends import gpu_backend
 from hvd_qgenx.codec import Codec
 from hvd_qgenx.compression import Compression
+from hvd_qgenx.compressor import check_horovod
 from hvd_qgenx.dual import QGenX
 from hvd_qgenx.extragradient import ExtraAdam, ExtraGradient, ExtraSGD
 from hvd_qgenx.games import Game
@@ -40,10 +41,13 @@ __all__ = [
 def __getattr__(name: str):
     if name == "backend":
         return backends.name()
+    if name == "elastic":
+        import importlib
+
+        check_horovod()
+        return importlib.import_module("hvd_qgenx.elastic")
     if name != "DistributedOptimizer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hvd_qgenx.compressor import check_horovod
-
     check_horovod()
     from hvd_qgenx.distributed import DistributedOptimizer
 

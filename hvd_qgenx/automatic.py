@@ -18,11 +18,12 @@ from hvd_qgenx.compressor import (
     QGenXCompressor,
     caller,
     check_horovod,
-    is_optimizer,
 )
 from hvd_qgenx.exchange.automatic import AutomaticExchange
 from hvd_qgenx.exchange.coded import CodedExchange
+from hvd_qgenx.identity import identify
 from hvd_qgenx.levels import num_positive
+from hvd_qgenx.stock import is_optimizer
 
 DENSE = {"none": NoneCompressor, "fp16": FP16Compressor}
 
@@ -50,12 +51,28 @@ class AutoCompressor:
     ):
         self.bits = bits
         self.settings = settings or Settings()
-        self.process_set = None if process_set is None else check_process_set(process_set)
+        # All ranks by no object, so that a copy means them wherever it is made.
+        is_given = process_set is not None and check_process_set(process_set).process_set_id != 0
+        self.process_set = process_set if is_given else None
         self._named = check_named_parameters(named_parameters) if named_parameters is not None else []
         self.communication = Communication()
+        self._inherited: dict | None = None
+        self._start_over()
+
+    def _start_over(self) -> None:
         self._made: AutomaticExchange | None = None
         self._chosen: Any = None
+        self._epoch: object = None
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        """All that a copy takes along: what is under way, and the connection, stay behind."""
+        kept = {name: value for name, value in vars(self).items() if name not in ("_made", "_chosen", "_lock")}
+        return {**kept, "_inherited": self._made.state_dict() if self._made else self._inherited}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._start_over()
 
     def __call__(
         self,
@@ -94,6 +111,7 @@ class AutoCompressor:
     def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """What the chosen compressor makes of ``tensor``; the first call on each rank meets those of the others."""
         with self._lock:
+            self._follow_ranks()
             if self._chosen is None:
                 self._chosen = self._choose(tensor)
         compressed, context = self._chosen.compress(tensor)
@@ -108,6 +126,14 @@ class AutoCompressor:
             return tensor
         chosen, context = ctx
         return chosen.decompress(tensor, context)
+
+    def _follow_ranks(self) -> None:
+        """Other ranks choose anew."""
+        epoch = self._exchange.transport.epoch
+        if self._epoch is not epoch:
+            if self._epoch is not None:
+                self.load_state_dict(self.state_dict())
+            self._epoch = epoch
 
     def _choose(self, tensor: Tensor) -> Any:
         exchange = self._exchange
@@ -141,6 +167,12 @@ class AutoCompressor:
             self._made = AutomaticExchange(
                 DENSE, self.bits, self.settings, transport, drop_in=True, communication=self.communication
             )
+            shapes = [f"{name} {tuple(p.shape)}" for name, p in self._named]
+            words = ["automatic compressor", str(transport.members), *shapes]
+            self._made.identify(identify(self, words, "an automatic compressor").number)
+            if self._inherited:
+                self._made.load_state_dict(self._inherited)
+                self._inherited = None
         return self._made
 
     def state_dict(self) -> dict:

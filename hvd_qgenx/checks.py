@@ -53,6 +53,13 @@ def check_type(name: str, value, kind: type):
     raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}")
 
 
+def check_name(name: str | None) -> str | None:
+    """``name``, if it is None or a word."""
+    if name is None or (isinstance(name, str) and name and "\n" not in name):
+        return name
+    raise ValueError(f"name must be a word, or None, got {name!r}")
+
+
 def check_named_parameters(named: Iterable) -> list[tuple[str, Tensor]]:
     """A list of (name, parameter) pairs, if it is that."""
     pairs = list(named) if isinstance(named, Iterable) else [None]

@@ -233,7 +233,7 @@ def can_be_coded(tensor: Tensor) -> bool:
 def as_vector(gradient: Tensor) -> Tensor:
     """A contiguous float32 vector with the values of a floating-point tensor of any shape, where it can be coded."""
     gradient = check_gradient(gradient).detach()
-    return gradient.to(device=home(gradient.device), dtype=torch.float32).reshape(-1)
+    return gradient.to(device=home(gradient.device), dtype=torch.float32).reshape(-1).contiguous()
 
 
 def _sizes_of(payload: Tensor, numel: int) -> list[int] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_NUMBERS = itertools.count(1)
 PHASES = ("encode", "wait", "decode")
 
 
@@ -20,7 +18,7 @@ class Communication:
     """Totals of one rank's optimizer or compressor since the start of the process.
 
     Attributes:
-        number: which one it is, in the order in which they were made; by it ranks notice that they use different ones.
+        number: which one it is, see ``identity``; by it ranks notice that they use different ones.
         exchanges: how many averages were made.
         collectives: how many operations they took.
         bytes_sent: bytes of the tensors handed to collectives, agreements, statistics and padding included. What a
@@ -39,7 +37,7 @@ class Communication:
             ranks. The same ranges are in torch's profiler, see ``measure``.
     """
 
-    number: int = field(default_factory=lambda: next(_NUMBERS))
+    number: int = 0
     exchanges: int = 0
     collectives: int = 0
     bytes_sent: int = 0
@@ -56,7 +54,7 @@ class Communication:
     adaptation_bytes: int = 0
     measurement_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    _symbols: Tensor = field(default_factory=lambda: torch.zeros(128, dtype=torch.int64), repr=False)
+    _symbols: Tensor = field(default_factory=lambda: torch.zeros(128, dtype=torch.int64, device="cpu"), repr=False)
     _earlier_symbols: int = 0  # those under earlier codebooks
     _earlier_bits: float = 0.0
 

@@ -6,6 +6,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import horovod.torch as hvd
 import torch
@@ -16,6 +18,7 @@ from hvd_qgenx.automatic import DENSE, AutoCompressor
 from hvd_qgenx.checks import (
     check_choice,
     check_integer,
+    check_name,
     check_named_parameters,
     check_positive,
     check_process_set,
@@ -30,12 +33,18 @@ from hvd_qgenx.exchange import (
     Alone,
     AutomaticExchange,
     CodedExchange,
+    Collected,
     DenseExchange,
     Exchange,
     HierarchicalExchange,
+    Term,
+    fingerprint,
 )
-from hvd_qgenx.extragradient import OptimizerView
+from hvd_qgenx.extragradient import OptimizerView, check_no_stock
+from hvd_qgenx.gradients import as_real, assign, real_type
+from hvd_qgenx.identity import Identity, identify
 from hvd_qgenx.overlap import PART_BYTES, Overlap
+from hvd_qgenx.rows import exchange_rows
 from hvd_qgenx.transports import Transport
 from hvd_qgenx.transports.horovod import HorovodTransport, Hosts, hosts_of
 
@@ -58,19 +67,20 @@ class _Materialising(OptimizerView):
         self._recall()
         parameters = [p for group in self.param_groups for p in group["params"]]
         saved = [p.detach().clone() for p in parameters]
+        gradients = [p.grad for p in parameters]
         options = [dict(group) for group in self.param_groups]
+        if _wants_sparse(self.optimizer):
+            for p in parameters:
+                p.grad = None if p.grad is None else p.grad.to_sparse(1)
         if hasattr(self.optimizer, "extrapolation"):
             self.optimizer.extrapolation()
         self.optimizer.step()
         with torch.no_grad():
-            for p, value in zip(parameters, saved, strict=True):
+            for p, value, gradient in zip(parameters, saved, gradients, strict=True):
                 p.copy_(value)
-                p.grad = None
+                p.grad = gradient
         for group, before in zip(self.param_groups, options, strict=True):
             group.update(before)
-        # Horovod broadcasts nothing, not even options, for a stateless optimizer, but the memory must travel.
-        if not any(self.state.values()):
-            self.state[parameters[0]][_MEMORY] = torch.zeros(1, dtype=torch.float32, device="cpu")
         self._placeholder = True
 
 
@@ -91,7 +101,8 @@ class DistributedOptimizer(_Materialising):
         op: ``hvd.Average`` or ``hvd.Sum``.
         gradient_predivide_factor: splits the division before and after the sum, where a sum travels (none, fp16).
         num_groups, groups: accepted as Horovod's; all parameters travel in one message anyway.
-        sparse_as_dense: must be true if a gradient is sparse.
+        sparse_as_dense: a sparse gradient is exchanged as a dense one. Else its rows travel as they are, uncoded; then
+            it must be sparse on all ranks, or absent.
         process_set: the ranks that take part; on others every step is local.
         exchange: of coded gradients: "allgather" of all ranks' payloads, "two_phase" (shards to their owners, means
             back), or "auto", which lets all ranks choose one of them and a part size before the first exchange, by a
@@ -105,6 +116,11 @@ class DistributedOptimizer(_Materialising):
             the other hosts, and its host takes over the result. Hosts are found by Horovod's local ranks, or given,
             as (host, leaders): the process sets of this rank's host and of the first ranks of all hosts. To be passed
             by all ranks of the job; needs HOROVOD_DYNAMIC_PROCESS_SETS=1 unless given. Not for ``QGenX``.
+        name: by which ranks know this optimizer, instead of by its parameters' names and shapes.
+        timeout: seconds that this rank waits for others in one operation before it raises, 0 for no limit; None is
+            what HVD_QGENX_TIMEOUT says, or half an hour.
+        check_replicas: after every so many steps ranks compare hashes of all parameters, and raise where they differ,
+            naming the ranks and the first such parameter; 0 never.
 
     Raises:
         ValueError: naming the argument and what is allowed.
@@ -130,7 +146,11 @@ class DistributedOptimizer(_Materialising):
         exchange: str = "auto",
         overlap: bool = False,
         hierarchical: bool | tuple = False,
+        name: str | None = None,
+        timeout: float | None = None,
+        check_replicas: int = 0,
     ):
+        check_no_stock(self)
         _check_optimizer(optimizer)
         super().__init__(optimizer)
         check_process_set(process_set)
@@ -139,23 +159,57 @@ class DistributedOptimizer(_Materialising):
         check_integer("backward_passes_per_step", backward_passes_per_step, 1)
         check_integer("num_groups", num_groups, 0)
         check_choice("exchange", exchange, EXCHANGES)
+        check_integer("check_replicas", check_replicas, 0)
         _check_predivide(gradient_predivide_factor, op)
-        self.sparse_as_dense = sparse_as_dense
+        self.sparse_as_dense, self.name, self.check_replicas = sparse_as_dense, check_name(name), check_replicas
         self._names = _names(self, named_parameters)
-        _check_started()
-        # What needs every rank's own vector has it whole in one message.
-        wants_own = hasattr(optimizer, "squared_difference")
-        hosts = _hosts(hierarchical, optimizer, compression, process_set)
-        self._exchange = _make_exchange(
-            compression, process_set, op, gradient_predivide_factor, exchange, wants_own, overlap, hosts
-        )
-        self._options = f"exchange={exchange}, overlap={overlap}, hierarchical={bool(hierarchical)}"
-        self._overlap = Overlap(self._start_part, backward_passes_per_step)
-        self._describe()
+        self._passes = backward_passes_per_step
+        # By no object, so that a copy means all ranks wherever it is made.
+        ranks = None if process_set is hvd.global_process_set else process_set
+        self._how = _How(compression, ranks, op, gradient_predivide_factor, exchange, overlap, hierarchical, timeout)
+        self._inherited: dict | None = None
+        self._start_over()
+        self._connect()
+
+    def _start_over(self) -> None:
+        """What an optimizer has that is new, or a copy."""
+        self._made: Exchange | None = None
         self._should_synchronize, self._synchronized, self._placeholder = True, False, False
-        if hasattr(optimizer, "num_ranks"):
-            optimizer.num_ranks = self._exchange.transport.size
         self.__module__ = hvd.DistributedOptimizer.__module__  # see _Materialising
+
+    def __getstate__(self) -> dict:
+        """All that a copy takes along; it connects with other ranks when it first needs them."""
+        state = self._made.state_dict() if self._made else self._inherited
+        kept = {key: getattr(self, key) for key in ("sparse_as_dense", "name", "check_replicas", "_passes", "_how")}
+        names = list(self._names.items())
+        return {**super().__getstate__(), **kept, "_names": names, "_inherited": state, "_stood_in": self._placeholder}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if "_how" in state:
+            self._names = dict(state["_names"])
+            self._start_over()
+            self._placeholder = vars(self).pop("_stood_in")
+
+    def _connect(self, communication: Communication | None = None) -> None:
+        """Makes the exchange, by which this optimizer meets those of other ranks."""
+        _check_started()
+        self._made = self._how.make(self.optimizer, communication)
+        self._epoch = self._made.transport.epoch
+        self._overlap = Overlap(self._start_part, self._passes)
+        self._describe()
+        if self._inherited:
+            self._made.load_state_dict(self._inherited)
+            self._inherited = None
+        if hasattr(self.optimizer, "num_ranks"):
+            self.optimizer.num_ranks = self._made.transport.size
+
+    @property
+    def _exchange(self) -> Exchange:
+        if self._made is None:
+            self._connect()
+        assert self._made is not None
+        return self._made
 
     @property
     def communication(self):
@@ -166,19 +220,20 @@ class DistributedOptimizer(_Materialising):
         """Clears the gradients of all parameters; what a backward has sent of them is given up."""
         self._synchronized = False
         super().zero_grad(set_to_none)
-        self._overlap.end()
-        self._exchange.give_up()
+        if self._made:
+            self._overlap.end()
+            self._made.give_up()
 
     def add_param_group(self, param_group: dict) -> None:
         """Adds a group of parameters, on every rank; they are named by their position."""
         super().add_param_group(param_group)
-        for index, p in enumerate(self.param_groups[-1]["params"]):
-            self._names[p] = f"parameter.{len(self.param_groups) - 1}.{index}"
-        self._describe()
+        self._follow()
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """From the next backward on, this many precede a half-step."""
-        self._overlap.passes = check_integer("passes", passes, 1)
+        self._passes = check_integer("passes", passes, 1)
+        if self._made:
+            self._overlap.passes = self._passes
 
     def synchronize(self) -> None:
         """Exchanges gradients now, so that they can be looked at or clipped before the half-step that uses them."""
@@ -203,6 +258,9 @@ class DistributedOptimizer(_Materialising):
         """
         if not self._extrapolates:
             raise AttributeError(f"{type(self.optimizer).__name__} has no extrapolation(); wrap it in ExtraGradient")
+        self._with_hooks(self._extrapolate)
+
+    def _extrapolate(self) -> None:
         self._begin()
         if self._two_exchanges:
             self._synchronize_unless_done("extrapolation")
@@ -210,11 +268,55 @@ class DistributedOptimizer(_Materialising):
 
     def step(self, closure: Callable | None = None):
         """The step, on the mean gradient. With a closure the whole iteration; returns the first loss."""
+        return self._with_hooks(self._step, closure)
+
+    def _step(self, closure: Callable | None = None):
         self._begin()
         if closure is not None:
-            return self._closure_step(closure)
-        self._synchronize_unless_done("step")
-        return self.optimizer.step()
+            loss = self._closure_step(closure)
+        else:
+            self._synchronize_unless_done("step")
+            loss = self.optimizer.step()
+        self._compare_replicas()
+        return loss
+
+    def join(self, after_step: Callable[[], object] | None = None) -> None:
+        """To be called by every rank once it has no data left: takes part in the others' exchanges until all have none.
+
+        Means are then those of the ranks that have data, and this rank makes every half-step that the others make, so
+        that replicas stay equal. Another epoch may follow.
+
+        Args:
+            after_step: called after each such step; what the training loop does there beside ``step``, as with a
+                scheduler that counts iterations.
+
+        Raises:
+            RuntimeError: between the half-steps of an iteration.
+            ValueError: under ``hierarchical``.
+        """
+        if self.extrapolated:
+            raise RuntimeError("join() comes between iterations, but parameters are at x_{t+1/2}: call step() first")
+        if isinstance(self._exchange, HierarchicalExchange):
+            raise ValueError("join() is not for hierarchical=True: hosts weigh their sums by all of their ranks")
+        self._begin()
+        while self._exchange.transport.size > 1 and self._take_part():
+            if after_step is not None and not self.extrapolated:
+                after_step()
+
+    def _take_part(self) -> bool:
+        """A half-step of the ranks that have data; False if there are none."""
+        stage = self._coming_stage
+        if self._extrapolates and not self._two_exchanges:
+            self.optimizer.extrapolation()
+        self.zero_grad()
+        if self._average(stage, has_data=False).all_joined:
+            return False
+        if stage == "extrapolation":
+            self.optimizer.extrapolation()
+        else:
+            self.optimizer.step()
+            self._compare_replicas()
+        return True
 
     def state_dict(self) -> dict:
         """The optimizer's state with this wrapper's (exchange counter, codebook); equal on all ranks, at any moment.
@@ -223,13 +325,25 @@ class DistributedOptimizer(_Materialising):
         streams of the ranks that remain; under ``QGenX``, between its half-steps or with method="optimistic", each
         rank takes the mean of all ranks' last vectors for its own in the next term of the step size.
         """
-        self._recall()
-        self.param_groups[0][_MEMORY] = {**self._exchange.state_dict(), "placeholder": self._placeholder}
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continues exactly from a ``state_dict``; from one of an unwrapped optimizer with this wrapper's counters."""
         super().load_state_dict(state_dict)
+
+    def _packed(self) -> dict:
+        self._recall()
+        self.param_groups[0][_MEMORY] = {**self._exchange.state_dict(), "placeholder": self._placeholder}
+        packed = super()._packed()
+        # Horovod broadcasts nothing, not even options, of an optimizer without state; ours has something to say.
+        if self._placeholder and not any(packed["state"].values()):
+            packed["state"] = {0: {_MEMORY: torch.zeros(1, dtype=torch.float32, device="cpu")}}
+        return packed
+
+    def _unpack(self, state: dict) -> None:
+        super()._unpack(state)
+        for p in [p for p, kept in self.state.items() if set(kept) == {_MEMORY}]:
+            del self.state[p]
         self._placeholder = False
         self._recall()
 
@@ -264,9 +378,23 @@ class DistributedOptimizer(_Materialising):
     def _begin(self) -> None:
         """What precedes a half-step: takes up memory, drops state that only stood in for a broadcast."""
         self._recall()
+        self._follow_ranks()
         if self._placeholder:
             self.state.clear()
             self._placeholder = False
+
+    def _follow_ranks(self) -> None:
+        """Where ranks have been connected anew, takes the kind of exchange that their new number asks for."""
+        exchange = self._exchange
+        if exchange.transport.epoch is not self._epoch:
+            self._inherited = exchange.state_dict()
+            self._connect(exchange.communication)
+
+    def _compare_replicas(self) -> None:
+        """Every ``check_replicas`` steps."""
+        if self.check_replicas and self._exchange.counters[1] % self.check_replicas == 0:
+            parameters = self._parameters()
+            self._exchange.compare_replicas(list(map(fingerprint, parameters)), self._ordered_names)
 
     def _closure_step(self, closure: Callable):
         if not self._extrapolates:
@@ -276,7 +404,7 @@ class DistributedOptimizer(_Materialising):
         loss = None
         if self._two_exchanges:
             loss = self._evaluate(closure, "extrapolation")
-        self.optimizer.extrapolation()
+        self._with_hooks(self.optimizer.extrapolation)
         ahead = self._evaluate(closure, "step")
         self.optimizer.step()
         return ahead if loss is None else loss
@@ -293,39 +421,55 @@ class DistributedOptimizer(_Materialising):
                 raise RuntimeError(f"{stage}() under skip_synchronize() needs a synchronize() before it")
         else:
             if self._synchronized:
-                warnings.warn(f"{stage}() after synchronize() exchanges again; use skip_synchronize()", stacklevel=3)
+                warnings.warn(
+                    f"optimizer.{stage}() called without optimizer.skip_synchronize() context after "
+                    "optimizer.synchronize(): it exchanges again",
+                    stacklevel=5,
+                )
             self._average(stage)
         self._synchronized = False
 
-    def _average(self, stage: str) -> None:
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _average(self, stage: str, has_data: bool = True) -> Collected:
         """Replaces every gradient by the mean (or sum) over ranks: the one place that exchanges."""
         self._begin()
-        parameters = self._parameters()
+        parameters, exchange = self._follow(), self._exchange
         if not self._overlap.end():
-            self._exchange.give_up()
+            exchange.give_up()
         ends_difference = self._wants_difference and stage == "step"
-        # Now, since levels that are fitted below would read the last exchange's vectors wrongly.
-        before = self._look_ahead(parameters) if ends_difference else []
-        term = (lambda received: _squared_distance(before, received)) if ends_difference else None
-        starts, keeps = self._starts_iteration(stage), self._keeps(stage)
-        self._exchange.settle()
-        try:
-            fused = self._exchange.fuse([self._gradient(p) for p in parameters])
-        except ValueError:
-            self._exchange.refuse(starts, whole=ends_difference or keeps)
-            raise
-        self._exchange.adapt_if_due(fused, starts)
-        submitted = self._exchange.submit(fused, stage, term, keeps)
-        collected = self._exchange.collect(submitted, self._ordered_names)
-        for p, mean in zip(parameters, collected.means, strict=True):
-            _assign(p, mean)
+        with exchange.unbroken():
+            exchange.settle()
+            # Now: before it a late rank has no vectors, and levels fitted below would read the last exchange's wrongly.
+            before = self._look_ahead(parameters) if ends_difference else []
+            term = (lambda received: _squared_distance(before, received)) if ends_difference else None
+            collected = self._exchange_gradients(parameters, stage, has_data, term)
+        if _wants_sparse(self.optimizer) and self.sparse_as_dense:
+            for p in parameters:
+                p.grad = None if p.grad is None else p.grad.to_sparse(1)
         if ends_difference:
             self.optimizer.squared_difference = sum(collected.terms)
+        return collected
+
+    def _exchange_gradients(self, parameters: list[Tensor], stage: str, has_data: bool, term: Term | None) -> Collected:
+        exchange, starts, keeps = self._exchange, self._starts_iteration(stage), self._keeps(stage)
+        try:
+            gradients = self._gradients(parameters)
+            fused = exchange.fuse(gradients)
+        except ValueError:
+            exchange.refuse(starts, whole=term is not None or keeps)
+            raise
+        exchange.adapt_if_due(fused, starts)
+        submitted = exchange.submit(fused, stage if has_data else "joined", term, keeps)
+        collected = exchange.collect(submitted, self._ordered_names)
+        assign(parameters, gradients, collected.means)
+        return collected
 
     def _start_part(self, part: int, gradients: list[Tensor | None]) -> bool:
         """Sends a part during backward; says whether it could."""
         self._recall()
+        self._follow_ranks()
         stage = self._coming_stage
+        gradients = [None if gradient is None else as_real(gradient) for gradient in gradients]
         return self._exchange.start(part, gradients, stage, self._starts_iteration(stage))
 
     @property
@@ -342,28 +486,110 @@ class DistributedOptimizer(_Materialising):
         if (kept := self._exchange.last_as_received()) is not None:
             return kept
         vectors = [self.state.get(p, {}).get("look_ahead") for p in parameters]
-        return [None if v is None else v.detach().cpu().float().reshape(-1) for v in vectors]
+        return [None if v is None else as_real(v.detach()).cpu().float().reshape(-1) for v in vectors]
 
     def _parameters(self) -> list[Tensor]:
         """All of them, frozen ones too: what is frozen may differ between ranks, and then only lacks a gradient."""
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _gradient(self, p: Tensor) -> Tensor | None:
-        if p.grad is None or not p.grad.is_sparse:
-            return p.grad
-        if not self.sparse_as_dense:
-            raise ValueError(f"the gradient of {self._names[p]} is sparse: pass sparse_as_dense=True")
-        return p.grad.to_dense()
+    def _gradients(self, parameters: list[Tensor]) -> list[Tensor | None]:
+        """What is exchanged in one vector: dense, real."""
+        gradients = [p.grad for p in parameters]
+        sparse = [g is not None and g.is_sparse for g in gradients]
+        if self.sparse_as_dense and any(sparse):
+            gradients = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
+        elif any(sparse) or self._sparse:
+            gradients = self._exchange_rows(parameters, gradients, sparse)
+        if self._has_complex:
+            gradients = [None if g is None else as_real(g) for g in gradients]
+        return gradients
+
+    def _exchange_rows(
+        self, parameters: list[Tensor], gradients: list[Tensor | None], sparse: list[bool]
+    ) -> list[Tensor | None]:
+        """Replaces sparse gradients by their means; leaves the others, with None for those."""
+        if hasattr(self.optimizer, "squared_difference"):
+            names = [self._ordered_names[i] for i, is_sparse in enumerate(sparse) if is_sparse]
+            raise ValueError(f"the gradient of {names[0]} is sparse, which is not for QGenX: pass sparse_as_dense=True")
+        # Where a gradient was sparse once, a rank without it must still take part.
+        self._sparse |= {i for i, is_sparse in enumerate(sparse) if is_sparse}
+        rows = {i: gradients[i] for i in sorted(self._sparse)}
+        for i, mean in exchange_rows(self._exchange, rows, self._ordered_names).items():
+            parameters[i].grad = mean
+        return [None if i in self._sparse else g for i, g in enumerate(gradients)]
+
+    def _follow(self) -> list[Tensor]:
+        """All parameters; if they are not those of which ranks were told, they will be told of these."""
+        parameters = self._parameters()
+        now = (list(map(id, parameters)), [p.dtype for p in parameters], [p.shape for p in parameters])
+        if self._made and now != self._known:
+            for i, group in enumerate(self.param_groups):
+                for j, p in enumerate(group["params"]):
+                    self._names.setdefault(p, f"parameter.{i}.{j}")
+            self._describe()
+        return parameters
 
     def _describe(self) -> None:
         """Tells the exchange what ranks must have in common, a line each."""
+        assert self._made is not None
         parameters = self._parameters()
-        kind = f"optimizer={type(self.optimizer).__name__}, op={self._exchange.op}, {self._options}"
-        lines = [f"{self._names[p]} of shape {tuple(p.shape)} and type {p.dtype}" for p in parameters]
-        sizes = [p.numel() for p in parameters]
+        self._known = (list(map(id, parameters)), [p.dtype for p in parameters], [p.shape for p in parameters])
         self._ordered_names = [self._names[p] for p in parameters]
-        self._exchange.describe([kind, *lines], [p.dtype for p in parameters], sizes)
-        self._overlap.follow(parameters, self._ordered_names, self._exchange.parts())
+        self._has_complex, self._sparse = any(p.is_complex() for p in parameters), set[int]()
+        pairs = list(zip(self._ordered_names, parameters, strict=True))
+        number, line = self._identity(pairs)
+        kind = f"optimizer={type(self.optimizer).__name__}, op={self._made.op}, {self._how}"
+        lines = [f"{name} of shape {tuple(p.shape)} and type {p.dtype}" for name, p in pairs]
+        sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
+        self._made.identify(number)
+        self._made.describe([kind, *lines, line], [real_type(p.dtype) for p in parameters], sizes)
+        self._overlap.follow(parameters, self._ordered_names, self._made.parts())
+
+    def _identity(self, pairs: list[tuple[str, Tensor]]) -> Identity:
+        shapes = [f"{name} {tuple(p.shape)}" for name, p in pairs]
+        names = f"{pairs[0][0]} and {len(pairs) - 1} more" if len(pairs) > 1 else ", ".join(self._ordered_names)
+        label = f"the optimizer {self.name!r}" if self.name else f"the optimizer of {names or 'nothing'}"
+        members = str(self._exchange.transport.members)
+        return identify(self, ["optimizer", members, *([self.name] if self.name else shapes)], label)
+
+
+@dataclass(frozen=True)
+class _How:
+    """What an exchange is made of."""
+
+    compression: Any
+    process_set: Any
+    op: Any
+    predivide: float
+    plan: str
+    overlap: bool
+    hierarchical: bool | tuple
+    timeout: float | None
+
+    def make(self, optimizer: torch.optim.Optimizer, communication: Communication | None = None) -> Exchange:
+        # What needs every rank's own vector has it whole in one message.
+        wants_own = hasattr(optimizer, "squared_difference")
+        process_set = hvd.global_process_set if self.process_set is None else self.process_set
+        hosts = _hosts(self.hierarchical, optimizer, self.compression, process_set)
+        if hosts is not None and communication is not None:
+            raise ValueError(
+                "hierarchical=True cannot follow ranks that come and go: its process sets are gone with them"
+            )
+        transport = HorovodTransport(process_set, self.timeout)
+        return _make_exchange(
+            self.compression, transport, self.op, self.predivide, self.plan, wants_own, self.overlap, hosts,
+            communication,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"exchange={self.plan}, overlap={self.overlap}, hierarchical={bool(self.hierarchical)}"
+
+
+def _wants_sparse(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the innermost optimizer takes no dense gradient."""
+    while isinstance(optimizer, OptimizerView):
+        optimizer = optimizer.optimizer
+    return isinstance(optimizer, torch.optim.SparseAdam)
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -394,21 +620,31 @@ def _hosts(hierarchical, optimizer: torch.optim.Optimizer, compression, process_
 
 
 def _make_exchange(
-    compression, process_set, op, predivide: float, plan: str, wants_own: bool, overlap: bool, hosts: Hosts | None
-) -> Exchange:
+    compression, transport: HorovodTransport, op, predivide: float, plan: str, wants_own: bool, overlap: bool,
+    hosts: Hosts | None, communication: Communication | None = None,
+) -> Exchange:  # fmt: skip
     if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
         raise ValueError(f"compression must be one of Compression's or a compressor of Horovod's, got {compression!r}")
-    if getattr(compression, "process_set", None) not in (None, process_set):
+    own = getattr(compression, "process_set", None)
+    if own is not None and own.ranks != transport.process_set.ranks:
         raise ValueError("process_set must be the same for the optimizer and its compression, or be left to the first")
-    transport, operation = HorovodTransport(process_set), _operation(op)
+    operation = _operation(op)
     if transport.size == 1:
-        return Alone(transport, operation)
+        return Alone(transport, operation, communication)
     if wants_own:
         plan = "allgather"  # the one by which every rank learns every other's own vector
     if isinstance(compression, AutoCompressor):
         plans = [plan] if plan != "auto" else list(PLANS) if transport.size > 2 else ["allgather"]
         return AutomaticExchange(
-            DENSE, compression.bits, compression.settings, transport, operation, plans, predivide, wants_own
+            DENSE,
+            compression.bits,
+            compression.settings,
+            transport,
+            operation,
+            plans,
+            predivide,
+            wants_own,
+            communication=communication,
         )
     if isinstance(compression, QGenXCompressor):
         settings = compression.settings
@@ -417,9 +653,9 @@ def _make_exchange(
         if hosts is not None:
             return _make_hierarchical(transport, hosts, settings, operation, fixed)
         if overlap and not wants_own:
-            return AheadExchange(settings, transport, operation, fixed, PART_BYTES)
-        return CodedExchange(settings, transport, operation, plan)
-    return DenseExchange(compression, transport, operation, predivide)
+            return AheadExchange(settings, transport, operation, fixed, PART_BYTES, communication)
+        return CodedExchange(settings, transport, operation, plan, communication=communication)
+    return DenseExchange(compression, transport, operation, predivide, communication)
 
 
 def _make_hierarchical(
@@ -429,9 +665,8 @@ def _make_hierarchical(
     count = hosts.leaders.size
     coded = count > 1
     across = CodedExchange(settings, hosts.leaders, operation, plan) if coded else Alone(hosts.within, operation)
-    same = Communication(across.communication.number)  # so that ranks tell optimizers apart by one number
-    dense = DenseExchange(NoneCompressor, hosts.within, "sum", communication=same)
-    within = dense if hosts.within.size > 1 else Alone(hosts.within, "sum", same)
+    dense = DenseExchange(NoneCompressor, hosts.within, "sum")
+    within = dense if hosts.within.size > 1 else Alone(hosts.within, "sum")
     return HierarchicalExchange(transport, within, across, count, settings.nonfinite)
 
 
@@ -463,18 +698,6 @@ def _names(optimizer: torch.optim.Optimizer, named_parameters: Iterable | None) 
     if missing:
         raise ValueError(f"named_parameters must name every parameter, not named: {', '.join(missing)}")
     return names
-
-
-def _assign(p: Tensor, mean: Tensor | None) -> None:
-    if mean is None:
-        return
-    if mean is p.grad:
-        return  # it was decoded into the gradient itself
-    value = mean.view(p.shape).to(device=p.device, dtype=p.dtype)
-    if p.grad is None or p.grad.is_sparse:
-        p.grad = value.clone()
-    else:
-        p.grad.copy_(value)
 
 
 def _squared_distance(first: list[Tensor | None], second: list[Tensor | None]) -> float:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 
 from hvd_qgenx.checks import check_choice, check_positive
+from hvd_qgenx.extragradient import check_no_stock
 
 METHODS = ("dual_averaging", "dual_extrapolation", "optimistic")
 
@@ -36,15 +37,24 @@ class QGenX(torch.optim.Optimizer):
     """
 
     def __init__(self, params, method: str = "dual_extrapolation", step_scale: float = 1.0):
+        check_no_stock(self)
         check_choice("method", method, METHODS)
         check_positive("step_scale", step_scale)
         super().__init__(params, {"method": method, "step_scale": float(step_scale), "iterations": 0})
-        #: sum over ranks of ||V_k,t - V_k,t+1/2||^2 for the coming step; None means this process is alone.
-        self.squared_difference: float | None = None
-        self._shows_average = False
+        self._start_over()
         first = self.param_groups[0]
         for name, value in (("sum_of_squares", 0.0), ("extrapolated", False), ("num_ranks", 1)):
             first.setdefault(name, value)
+
+    def _start_over(self) -> None:
+        #: sum over ranks of ||V_k,t - V_k,t+1/2||^2 for the coming step; None means this process is alone.
+        self.squared_difference: float | None = None
+        self._shows_average = False
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if "squared_difference" not in vars(self):  # in a copy, which torch makes of state and groups alone
+            self._start_over()
 
     @property
     def method(self) -> str:
@@ -79,9 +89,12 @@ class QGenX(torch.optim.Optimizer):
         first = self.param_groups[0]
         return first["step_scale"] * self.num_ranks * (1.0 + first["sum_of_squares"]) ** -0.5
 
+    # What torch.compile would trace here is Python numbers in param_groups, which it lost when this was tried.
+    @torch.optim.Optimizer.profile_hook_step
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def extrapolation(self) -> None:
-        """Moves to X_{t+1/2}."""
+        """Moves to X_{t+1/2}; to hooks and profilers a step as any other."""
         # The average is for looking at: a step from there would leave the method's path.
         self._check_place()
         for p in self._parameters():
@@ -92,6 +105,7 @@ class QGenX(torch.optim.Optimizer):
             p.sub_(state["look_ahead"], alpha=self.gamma)
         self.param_groups[0]["extrapolated"] = True
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
         """Moves to X_{t+1}. With a closure it makes the whole iteration and returns the first loss.
@@ -169,7 +183,7 @@ class QGenX(torch.optim.Optimizer):
     def _local_difference(self) -> float:
         """||V_t - V_{t+1/2}||^2 in float64, for a process that is alone."""
         pairs = ((self.state[p]["look_ahead"], p.grad) for p in self._parameters())
-        return sum(float((v - (0 if g is None else g)).double().square().sum()) for v, g in pairs)
+        return sum(squared_norm(v if g is None else v - g) for v, g in pairs)
 
     def _initial_state(self, p: torch.Tensor) -> dict:
         state = self.state[p]
@@ -181,6 +195,12 @@ class QGenX(torch.optim.Optimizer):
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"] if _takes_part(p)]
+
+
+def squared_norm(vector: torch.Tensor) -> float:
+    """||v||^2 in float64; of complex numbers, over real and imaginary parts."""
+    real = torch.view_as_real(vector) if vector.is_complex() else vector
+    return float(real.double().square().sum())
 
 
 def _takes_part(p: torch.Tensor) -> bool:

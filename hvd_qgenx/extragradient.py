@@ -24,12 +24,42 @@ from hvd_qgenx.checks import check_type
 
 
 class OptimizerView(torch.optim.Optimizer):
-    """An optimizer that is a view of another: it shares param_groups, state and defaults and owns nothing."""
+    """An optimizer that is a view of another: it shares param_groups, state and defaults and owns nothing.
+
+    A half-step, whichever verb makes it, calls every step hook once: this view's own around the verb, those of the
+    other optimizer and torch's global ones around the other's one move, which is also what profilers show.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
+        check_no_stock(self)
         self.optimizer = check_type("optimizer", optimizer, torch.optim.Optimizer)
         # What Optimizer does for an unpickled one: it sets up hooks and touches neither groups nor state.
         self.__setstate__({})
+
+    def _patch_step_function(self) -> None:
+        """What torch does to every optimizer's step, and this one's does by itself: see ``_with_hooks``."""
+        self._zero_grad_profile_name = f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: as with torch's own, hooks stay behind."""
+        return {"optimizer": self.optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name in ("optimizer", "defaults", "param_groups", "state"):
+            if name in state:
+                setattr(self, name, state[name])
+        super().__setstate__({name: value for name, value in state.items() if not hasattr(type(self), name)})
+
+    def _with_hooks(self, move: Callable, *arguments: Any) -> Any:
+        """``move(*arguments)``, between this view's own step hooks; a pre-hook may change the arguments."""
+        options: dict[str, Any] = {}
+        for hook in self._optimizer_step_pre_hooks.values():
+            if (changed := hook(self, (self, *arguments), options)) is not None:
+                (_, *arguments), options = changed  # type: ignore[assignment]
+        result = move(*arguments, **options)
+        for after in self._optimizer_step_post_hooks.values():
+            after(self, (self, *arguments), options)
+        return result
 
     # What is assigned belongs to the other optimizer too: frameworks restore state that way.
 
@@ -67,11 +97,29 @@ class OptimizerView(torch.optim.Optimizer):
 
     def state_dict(self) -> dict:
         """The other optimizer's state, in which this view keeps what it must remember."""
-        return self.optimizer.state_dict()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = self._packed()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            if (changed := after(self, state)) is not None:
+                state = changed
+        return state
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continues exactly from a ``state_dict``."""
-        self.optimizer.load_state_dict(state_dict)
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            if (changed := before(self, state_dict)) is not None:
+                state_dict = changed
+        self._unpack(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _packed(self) -> dict:
+        return self.optimizer.state_dict()
+
+    def _unpack(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.optimizer!r})"
@@ -101,10 +149,16 @@ class ExtraGradient(OptimizerView):
             raise ValueError(f"base_optimizer must make one move a step, {type(base_optimizer).__name__} does not")
         for group in self.param_groups:
             _prepare(group)
+        self._start_state()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "past": self.past}
+
+    def _start_state(self) -> None:
         # Where the base has made its state already, ours is there from the start too: all ranks then hold the same.
         for p, state in self.state.items():
             state["anchor"] = p.detach().clone()
-            if past:
+            if self.past:
                 state["past"] = torch.zeros_like(p)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -122,9 +176,12 @@ class ExtraGradient(OptimizerView):
         """Whether parameters are at x_{t+1/2}."""
         return any(group.get("extrapolated", False) for group in self.param_groups)
 
-    @torch.no_grad()
     def extrapolation(self) -> None:
         """Moves to x_{t+1/2}. A second call before ``step`` moves on from there; ``step`` still starts at x_t."""
+        self._with_hooks(self._look_ahead)
+
+    @torch.no_grad()
+    def _look_ahead(self) -> None:
         with self._past_gradients() if self.past else nullcontext():
             # A second extrapolation must not take its own x_{t+1/2} for x_t.
             first = not self.extrapolated
@@ -149,7 +206,6 @@ class ExtraGradient(OptimizerView):
             for p, gradient in present.items():
                 p.grad = gradient
 
-    @torch.no_grad()
     def step(self, closure: Callable | None = None):
         """Moves to x_{t+1}. With a closure it makes the whole iteration and returns the first loss.
 
@@ -157,6 +213,10 @@ class ExtraGradient(OptimizerView):
             RuntimeError: without a closure, if there was no ``extrapolation`` since the last step; with one, if there
                 was.
         """
+        return self._with_hooks(self._step, closure)
+
+    @torch.no_grad()
+    def _step(self, closure: Callable | None = None):
         loss = None
         if closure is not None:
             if self.extrapolated:
@@ -203,6 +263,20 @@ class ExtraGradient(OptimizerView):
             group["extrapolated"] = value
 
 
+def check_no_stock(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError if an optimizer is being made anew by ``horovod.torch.DistributedOptimizer``.
+
+    That one makes a class of an optimizer's own which averages gradients before ``step`` and knows no other verb: ranks
+    would extrapolate by their own gradients, and part.
+    """
+    kind = type(optimizer)
+    if kind.__module__ == "horovod.torch.optimizer":
+        raise ValueError(
+            f"horovod.torch.DistributedOptimizer averages gradients in step() alone and cannot take {kind.__name__}: "
+            "use hvd_qgenx.DistributedOptimizer, with the same arguments"
+        )
+
+
 def _prepare(group: dict) -> None:
     """Checks what torch's optimizers let through, and adds this module's memory to a group."""
     if "lr" in group and not math.isfinite(group["lr"]):
@@ -214,6 +288,7 @@ class ExtraSGD(ExtraGradient):
     """``ExtraGradient(torch.optim.SGD(params, ...), past)``; arguments as there."""
 
     def __init__(self, params, lr: float = 1e-3, *, past: bool = False, **options):
+        check_no_stock(self)
         super().__init__(torch.optim.SGD(params, lr=lr, **options), past)
 
 
@@ -226,4 +301,5 @@ class ExtraAdam(ExtraGradient):
     def __init__(
         self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), *, past: bool = False, **options
     ):
+        check_no_stock(self)
         super().__init__(torch.optim.Adam(params, lr=lr, betas=betas, **options), past)

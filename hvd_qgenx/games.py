@@ -22,10 +22,11 @@ class Game(nn.ModuleDict):
     not a network is a ``torch.nn.ParameterList``.
 
     Args:
-        players: modules by name; two players must not share a parameter.
+        players: modules by name, any but one with a dot, which is what names of parameters are cut at; two players must
+            not share a parameter.
 
     Raises:
-        ValueError: naming the players that share a parameter, or the one that has none.
+        ValueError: naming the players that share a parameter, or the one that has none, or a wrong name.
 
     Example: a GAN, both players in one exchange.
         >>> game = Game({"generator": generator, "critic": critic})
@@ -48,7 +49,17 @@ class Game(nn.ModuleDict):
                 if owners.setdefault(p, player) != player:
                     raise ValueError(f"players must not share a parameter, {owners[p]!r} and {player!r} do")
 
-    def backward(self, **losses: Tensor) -> None:
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Adds a player, whose name may also be that of a method or attribute."""
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"players must have names without a dot, got {name!r}")
+        if hasattr(self, name) and name not in self._modules:
+            # Torch refuses these, since `game.items` could not be both; `game["items"]` can.
+            self._modules[name] = check_type(f"player {name!r}", module, nn.Module)
+        else:
+            super().add_module(name, module)
+
+    def backward(self, /, **losses: Tensor) -> None:
         """Adds to every player's ``p.grad`` the gradient of its own loss, and nothing of the others'.
 
         Args:

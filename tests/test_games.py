@@ -124,3 +124,19 @@ def test_players_that_share_or_lack_parameters_are_refused():
         Game({"idle": nn.Tanh()})
     with pytest.raises(ValueError, match="players must be a Mapping"):
         Game([nn.Linear(1, 1)])
+
+
+@pytest.mark.parametrize("name", ["self", "losses", "backward", "items", "training", "_modules", "forward", "a player"])
+def test_any_word_is_a_players_name(name):
+    p = torch.nn.ParameterList([torch.ones(2)])
+    one = Game({name: p, "other": torch.nn.Linear(2, 1)})
+    one.backward(**{name: (3 * p[0]).sum(), "other": one["other"](torch.ones(2)).sum()})
+    assert torch.equal(p[0].grad, torch.full((2,), 3.0)) and one[name] is p
+    assert set(one.state_dict()) == {f"{name}.0", "other.weight", "other.bias"}
+    one.load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("name", ["a.b", "", 3])
+def test_a_name_that_parameters_names_cannot_hold_is_refused(name):
+    with pytest.raises(ValueError, match=f"players must have names without a dot, got {name!r}"):
+        Game({name: torch.nn.Linear(2, 1)})

@@ -60,7 +60,7 @@ def test_a_damaged_envelope_is_refused_and_never_split_for_ever(place):
     bad[place] ^= 0xFF
     with pytest.raises(DisagreementError, match="rank 1"):
         envelopes, _ = split(torch.cat((good, bad)))
-        compare(envelopes, 2)
+        compare(envelopes, [0, 1])
 
 
 @pytest.mark.parametrize("length", [8, ENVELOPE_BYTES, 1000])
@@ -79,7 +79,7 @@ def test_another_version_is_named():
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        (Envelope(2, 2, "step", part=4), "rank 0 the 1. that it made, rank 1 its 2."),
+        (Envelope(2, 2, "step", part=4), "rank 0 one that is not known here .*, rank 1 one that is not known here"),
         (Envelope(1, 3, "step", part=4), r"rank 0 is at exchange 2 \(step\), rank 1 at exchange 3 \(step\)"),
         (Envelope(1, 2, "agreement", part=4), r"rank 1 at exchange 2 \(agreement\)"),
         (Envelope(1, 2, "step", part=5), "rank 1 part 5 of phase 0"),
@@ -88,9 +88,23 @@ def test_another_version_is_named():
 )
 def test_messages_of_different_exchanges_are_told_apart(other, named):
     with pytest.raises(DisagreementError, match=named):
-        compare([ENVELOPE, other], 2)
+        compare([ENVELOPE, other], [0, 1])
 
 
 def test_a_message_too_many_or_too_few_is_refused():
     with pytest.raises(DisagreementError, match="2 messages arrived, from 3 ranks"):
-        compare([ENVELOPE, ENVELOPE], 3)
+        compare([ENVELOPE, ENVELOPE], [0, 1, 2])
+
+
+def test_ranks_are_named_by_their_numbers_in_the_whole_job():
+    with pytest.raises(DisagreementError, match=r"rank 4 is at exchange 2 \(step\), rank 9 at exchange 3"):
+        compare([ENVELOPE, Envelope(1, 3, "step", part=4)], [4, 9])
+    with pytest.raises(DisagreementError, match="the message of rank 9 has 8 bytes"):
+        split(
+            torch.cat((_message(ENVELOPE, torch.zeros(50, dtype=torch.uint8)), torch.zeros(8, dtype=torch.uint8))),
+            [4, 9],
+        )
+
+
+def test_those_that_agree_compare_their_words_first():
+    compare([Envelope(1, 0, "agreement"), Envelope(2, 0, "agreement")], [0, 1])

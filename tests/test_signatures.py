@@ -55,7 +55,7 @@ def test_the_wrapper_takes_every_keyword_of_horovods_and_exchange():
     theirs = inspect.signature(hvd.DistributedOptimizer).parameters
     ours = inspect.signature(hvd_qgenx.DistributedOptimizer).parameters
     assert list(ours)[: len(theirs)] == list(theirs)
-    assert list(ours)[len(theirs) :] == ["exchange", "overlap", "hierarchical"]
+    assert list(ours)[len(theirs) :] == ["exchange", "overlap", "hierarchical", "name"]
     for name, parameter in theirs.items():
         if name != "compression":
             assert ours[name].default == parameter.default, name
@@ -79,6 +79,7 @@ def test_the_compressor_takes_the_arguments_of_the_contract():
         "nonfinite",
         "statistics",
         "rate_weight",
+        "name",
     ]
 
 
@@ -145,7 +146,7 @@ def horovod():
         ({"sparse_as_dense": "no"}, "sparse_as_dense must be a bool"),
         ({"named_parameters": 5}, "named_parameters must be"),
         (
-            {"compression": hvd_qgenx.Compression.qgenx(process_set=hvd.ProcessSet([0]))},
+            {"compression": hvd_qgenx.Compression.qgenx(process_set=hvd.ProcessSet([0, 1]))},
             "process_set must be the same for the optimizer and its compression",
         ),
     ],

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -105,11 +106,15 @@ def _wait_until(condition, seconds=120):
     raise AssertionError("nothing was logged in two minutes")
 
 
+WHOLE = ["iterations", "width", "batch", "log-every", "sample-every", "latent", "seed", "check-replicas"]
+REAL = ["minutes", "lr-generator", "lr-critic", "average", "penalty"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--compression", "zip"], "invalid choice: 'zip'"),
-        (["--batch", "0"], "'0' is not a whole number of at least 1"),
+        (["--batch", "0"], "'0' is not a whole number from 1 to 1048576"),
         (["--lr-critic", "nan"], "'nan' is not a positive number"),
     ],
 )
@@ -118,3 +123,47 @@ def test_a_wrong_flag_is_one_sentence(flags, message):
         [sys.executable, "train/wgan.py", *flags], cwd=ROOT, env=_environment(), capture_output=True, text=True
     )
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def parse(monkeypatch, capsys):
+    """The trainer's own parser: what it says of wrong flags."""
+    monkeypatch.syspath_prepend(ROOT / "train")
+    from wgan import parse_flags
+
+    def refusal(*flags):
+        monkeypatch.setattr(sys, "argv", ["wgan.py", *flags])
+        with pytest.raises(SystemExit) as ended:
+            parse_flags()
+        assert ended.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return refusal
+
+
+@pytest.mark.parametrize("flag", WHOLE)
+@pytest.mark.parametrize("text", ["-1", "99999999999999999999", "9" * 5000, "1.5", "\u00b2", "nan", ""])
+def test_every_whole_number_has_a_range_and_one_sentence(parse, flag, text):
+    assert parse(f"--{flag}={text}").startswith(
+        f"wgan.py: error: argument --{flag}: {text[:40]!r} is not a whole number"
+    )
+
+
+@pytest.mark.parametrize("flag", REAL)
+@pytest.mark.parametrize("text", ["-1", "inf", "nan", "1e999", "many"])
+def test_every_real_number_has_a_range_and_one_sentence(parse, flag, text):
+    assert parse(f"--{flag}={text}").startswith(f"wgan.py: error: argument --{flag}: {text!r} is not a ")
+
+
+def test_every_flag_that_takes_a_number_is_among_these(parse):
+    source = (ROOT / "train" / "wgan.py").read_text()
+    numeric = [line.split('"')[1] for line in source.splitlines() if 'add("--' in line and "type=" in line]
+    assert {f"--{flag}" for flag in [*WHOLE, *REAL]} >= set(numeric) - {"--out"}
+
+
+def test_the_largest_seed_is_one_that_torch_takes_in_every_epoch(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "train")
+    from job import MOST_SEED, random_stream
+
+    random_stream(MOST_SEED, 0, 0, "cpu")
+    torch.Generator().manual_seed(MOST_SEED + 2**31)

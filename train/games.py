@@ -24,7 +24,7 @@ from pathlib import Path
 import horovod.torch as hvd
 import numpy as np
 import torch
-from job import check_replicas, open_folder, positive, progress_bar, random_stream, run, whole
+from job import MOST_SEED, check_replicas, open_folder, positive, progress_bar, random_stream, run, whole
 from pictures import save_gap
 from problems import BLOCK, NOISES, PROBLEMS, add_noise, make
 from torch import Tensor
@@ -59,14 +59,19 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--game", choices=PROBLEMS, default="bilinear")
-    add("--dimension", type=whole(2), default=20, help=f"even, beyond {BLOCK} a multiple of it; not for logistic (20)")
+    add(
+        "--dimension",
+        type=whole(2, 2**24),
+        default=20,
+        help=f"even, beyond {BLOCK} a multiple of it; not for logistic (20)",
+    )
     add("--noise", choices=NOISES, default="relative", help="of each rank's oracle (relative)")
     add("--noise-size", type=positive, help="its root mean square, against ||A|| if relative (0.5, absolute 1)")
     add("--method", choices=METHODS, default="dual_extrapolation")
     add("--scale", type=positive, help="step_scale of Q-GenX (1), or the learning rate (0.3)")
     add("--compression", choices=COMPRESSIONS, default="bits4", help="what travels between the ranks (bits4)")
     add("--iterations", type=whole(1), default=2048)
-    add("--seed", type=whole(0), default=0, help="of the game, of the ranks' noise and of rounding (0)")
+    add("--seed", type=whole(0, MOST_SEED), default=0, help="of the game, of the ranks' noise and of rounding (0)")
     add("--out", type=Path, help="folder of the run (runs/<time>-<game>)")
     flags = parser.parse_args(arguments)
     flags.noise_size = flags.noise_size or (0.5 if flags.noise == "relative" else 1.0)

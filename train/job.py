@@ -23,10 +23,15 @@ class TrainingError(RuntimeError):
     """Training cannot go on; raised on all ranks, with one sentence."""
 
 
-def whole(least: int):
+#: Below 2**63, so that epochs can be added to it and torch still takes it for a seed.
+MOST_SEED = 2**63 - 2**32
+
+
+def whole(least: int, most: int = 2**31 - 1):
     def parse(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        # Twenty digits are more than any range has, and Python takes no more than 4,300 for a number.
+        if not (text.isascii() and text.isdecimal() and len(text) <= 20 and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {least} to {most}")
         return int(text)
 
     return parse

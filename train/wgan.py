@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from data import CHOICES, SourceError, load_images, minibatches
 from job import (
+    MOST_SEED,
     TrainingError,
     check_replicas,
     fraction,
@@ -105,8 +106,8 @@ def parse_flags() -> argparse.Namespace:
     add("--preset", choices=PRESETS, default="quick", help="defaults of the flags below it (quick)")
     add("--iterations", type=whole(1), help="extra-gradient iterations, of two exchanges each")
     add("--minutes", type=positive, help="training ends at the first logged iteration after so long (paper: never)")
-    add("--width", type=whole(1), help="channels of both networks")
-    add("--batch", type=whole(1), help="images per half-step of all ranks together")
+    add("--width", type=whole(1, 4096), help="channels of both networks")
+    add("--batch", type=whole(1, 2**20), help="images per half-step of all ranks together")
     add("--lr-generator", type=positive, help="learning rate of the generator")
     add("--lr-critic", type=positive, help="learning rate of the critic")
     add("--average", type=fraction, help="decay of the generator's moving average, which draws the samples")
@@ -114,9 +115,9 @@ def parse_flags() -> argparse.Namespace:
     add("--sample-every", type=whole(1), metavar="N", help="iterations between two samples_*.png")
     add("--compression", choices=COMPRESSIONS, default="qgenx", help="what travels between the ranks (qgenx)")
     add("--data", choices=CHOICES, default="auto", help="source of the images (auto: the first that can be had)")
-    add("--latent", type=whole(1), help="size of the generator's noise vector")
+    add("--latent", type=whole(1, 2**16), help="size of the generator's noise vector")
     add("--penalty", type=positive, default=10.0, help="weight of the gradient penalty (10)")
-    add("--seed", type=whole(0), default=0, help="of weights, shards, noise and rounding (0)")
+    add("--seed", type=whole(0, MOST_SEED), default=0, help="of weights, shards, noise and rounding (0)")
     add(
         "--check-replicas",
         type=whole(0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -21,8 +22,9 @@ def agree(messenger: Messenger, lines: Sequence[str], position: Sequence[int]) -
     text = "\n".join([json.dumps(position), *lines])
     bodies = _gather(messenger, "agreement", text.encode())
     described = [body.decode().split("\n") for body in bodies]
-    for rank, (_, *other) in enumerate(described):
-        _compare_lines(described[0][1:], other, rank)
+    members = messenger.transport.members
+    for rank, (_, *other) in zip(members, described, strict=True):
+        _compare_lines(described[0][1:], other, members[0], rank)
     return [json.loads(first) for first, *_ in described]
 
 
@@ -39,6 +41,40 @@ def leader_of(positions: Sequence[Sequence[int]]) -> int:
     return max(range(len(positions)), key=lambda rank: (positions[rank][:3], -rank))
 
 
+_FINGERPRINT_BYTES = 8
+
+
+def fingerprint(tensor: Tensor) -> bytes:
+    """8 bytes of a hash of all coordinates, by their bits."""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(values.numpy().data, digest_size=_FINGERPRINT_BYTES).digest()
+
+
+def compare_replicas(
+    messenger: Messenger, envelope: Envelope, fingerprints: Sequence[bytes], names: Sequence[str]
+) -> None:
+    """Compares what ranks hold, tensor by tensor.
+
+    Raises:
+        DisagreementError: on every rank, naming the first tensor that differs, and its ranks by what they hold.
+    """
+    _, bodies = messenger.gather(envelope, _tensor(b"".join(fingerprints)))
+    held = [body.numpy().tobytes() for body in bodies]
+    if all(other == held[0] for other in held):
+        return
+    for index, name in enumerate(names):
+        groups: dict[bytes, list[int]] = {}
+        for rank, all_of_it in zip(messenger.transport.members, held, strict=True):
+            place = slice(index * _FINGERPRINT_BYTES, (index + 1) * _FINGERPRINT_BYTES)
+            groups.setdefault(all_of_it[place], []).append(rank)
+        if len(groups) > 1:
+            parted = " and ".join(f"rank{'s' * (len(one) > 1)} {', '.join(map(str, one))}" for one in groups.values())
+            raise DisagreementError(
+                f"replicas are not equal after exchange {envelope.step}: {name} differs between {parted}; broadcast "
+                "one rank's parameters, and on unlike processors set ATEN_CPU_CAPABILITY alike"
+            )
+
+
 def _gather(messenger: Messenger, stage: str, body: bytes) -> list[bytes]:
     _, bodies = messenger.gather(Envelope(messenger.communication.number, 0, stage), _tensor(body))
     return [other.numpy().tobytes() for other in bodies]
@@ -49,9 +85,11 @@ def _tensor(body: bytes) -> Tensor:
     return torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else nothing
 
 
-def _compare_lines(first: list[str], other: list[str], rank: int) -> None:
+def _compare_lines(first: list[str], other: list[str], leader: int, rank: int) -> None:
     for mine, theirs in zip(first, other, strict=False):
         if mine != theirs:
-            raise DisagreementError(f"ranks disagree: rank 0 has {mine}, rank {rank} has {theirs}")
+            raise DisagreementError(f"ranks disagree: rank {leader} has {mine}, rank {rank} has {theirs}")
     if len(first) != len(other):
-        raise DisagreementError(f"ranks disagree: rank 0 describes {len(first)} things, rank {rank} {len(other)}")
+        raise DisagreementError(
+            f"ranks disagree: rank {leader} describes {len(first)} things, rank {rank} {len(other)}"
+        )

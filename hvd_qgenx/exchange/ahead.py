@@ -45,7 +45,15 @@ class AheadExchange(CodedExchange):
     def _can_start(self, stage: str, starts_iteration: bool) -> bool:
         needs_whole = self._fits_mean or (starts_iteration and self._is_due())
         is_other_half = bool(self._flights) and stage != self._stage
-        return self._agreed and not (self._void or needs_whole or is_other_half)
+        return self._agreed and not (self._interrupted or self._void or needs_whole or is_other_half)
+
+    def _resume(self) -> None:
+        if self._flights:
+            raise RuntimeError(
+                "an exchange with overlap=True was interrupted while parts were under way that other ranks may never "
+                "start: start the processes again"
+            )
+        super()._resume()
 
     def give_up(self) -> None:
         self._void = bool(self._flights)

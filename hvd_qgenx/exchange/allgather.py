@@ -64,30 +64,32 @@ class AllgatherFlight(Flight):
 
     @cached_property
     def _messages(self) -> tuple[list[Envelope], list[Tensor]]:
-        return split(self.messenger.wait(self.pending))
+        return split(self.messenger.wait(self.pending), self.messenger.transport.members)
 
     @cached_property
     def arrived(self) -> Arrived:
         """All ranks' payloads; waits for them when first asked."""
         envelopes, payloads = self._messages
-        compare(envelopes, self.messenger.transport.size)
-        return Arrived(self.codec, envelopes, payloads)
+        members = self.messenger.transport.members
+        compare(envelopes, members)
+        return Arrived(self.codec, envelopes, payloads, members)
 
 
 class Arrived:
     """All ranks' payloads of one exchange."""
 
-    def __init__(self, codec: Codec, envelopes: list[Envelope], payloads: list[Tensor]):
-        self.codec, self.envelopes, self.payloads = codec, envelopes, payloads
+    def __init__(self, codec: Codec, envelopes: list[Envelope], payloads: list[Tensor], ranks: Sequence[int]):
+        self.codec, self.envelopes, self.payloads, self.ranks = codec, envelopes, payloads, ranks
         self._decoded_factor: float | None = None
         peeked = [peek(payload) for payload in payloads]
         self.sizes = [sizes for sizes, _ in peeked]
-        for rank, (_, book) in enumerate(peeked):
+        for rank, (_, book) in zip(ranks, peeked, strict=True):
             if book != peeked[0][1]:
                 self._blame_payloads()
                 raise DisagreementError(
-                    f"ranks disagree: rank 0 coded with codebook {peeked[0][1]:016x}, rank {rank} with codebook "
-                    f"{book:016x}; one of them has a stale state: load the same one on all ranks"
+                    f"ranks disagree: rank {ranks[0]} coded with codebook {peeked[0][1]:016x}, "
+                    f"rank {rank} with codebook {book:016x}; one of them has a stale state: "
+                    "load the same one on all ranks"
                 )
 
     def _blame_payloads(self) -> None:
@@ -137,7 +139,8 @@ class Arrived:
         """Overwrites the target with the mean of section ``sections[rank]`` of every rank; says whether it is NaN."""
         found = [sizes[section : section + 1] for sizes, section in zip(self.sizes, sections, strict=True)]
         if any(size != found[0] or not size for size in found):
-            seen = ", ".join(f"rank {rank} has {size[0] if size else 'none'}" for rank, size in enumerate(found))
+            pairs = zip(self.ranks, found, strict=True)
+            seen = ", ".join(f"rank {rank} has {size[0] if size else 'none'}" for rank, size in pairs)
             raise DisagreementError(f"ranks disagree on the coordinates of one tensor: {seen}")
         places = [[section] for section in sections]
         return spoil([target], self.codec.decode_sections(self.payloads, [target], places, factor))[0]

@@ -101,6 +101,21 @@ class AutomaticExchange(Exchange):
             "ranks": self.transport.size,
         }  # fmt: skip
 
+    @property
+    def counters(self) -> tuple[int, int]:
+        return self.kind.counters if self.kind else (self.step, self.iteration)
+
+    @counters.setter
+    def counters(self, value: tuple[int, int]) -> None:
+        self.step, self.iteration = value
+        if self.kind:
+            self.kind.counters = value
+
+    def _resume(self) -> None:
+        if self.kind:
+            self.kind.messenger.drain()
+        super()._resume()
+
     # ---- the verbs, which are the chosen kind's ----------------------------------------------------------------------
 
     @property

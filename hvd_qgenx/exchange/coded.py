@@ -222,9 +222,11 @@ class CodedExchange(Exchange):
         self.kept = submitted.keep.arrived.payloads if submitted.keep else None
         means = list(submitted.fused.segments)
         broken = [False] * len(means)
+        envelopes = submitted.flights[0].landed()
+        factor = self._factor * self.weight(envelopes)
         for part, flight in zip(submitted.parts, submitted.flights, strict=True):
             self._make_room(means, part, flight.sizes())
-            flags = flight.collect(part.cut(means), self._factor)
+            flags = flight.collect(part.cut(means), factor)
             for piece, flag in zip(part.slices, flags, strict=True):
                 broken[piece.segment] = broken[piece.segment] or flag
         for flight in submitted.flights:
@@ -233,7 +235,8 @@ class CodedExchange(Exchange):
             self._adapt_mean(means)
         spoil(means, tuple(broken))
         self.report_broken(broken, names)
-        return Collected([mean if mean.numel() else None for mean in means], submitted.flights[0].terms())
+        all_joined = all(envelope.stage == "joined" for envelope in envelopes)
+        return Collected([mean if mean.numel() else None for mean in means], submitted.flights[0].terms(), all_joined)
 
     def refuse(self, starts_iteration: bool = True, whole: bool = False) -> None:
         comes_first = not self._agreed or (starts_iteration and self._is_due())  # an agreement, or statistics

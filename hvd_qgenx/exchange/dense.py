@@ -75,12 +75,15 @@ class DenseExchange(Exchange):
         with self.communication.measure("encode"):
             vector = self._joined(submitted.fused, common)
         mean = (self._allgather if submitted.keep else self._allreduce)(vector)
+        if (weight := self.weight(envelopes)) != 1.0:
+            mean.mul_(weight)
         self.kept_sizes = common
         parts = mean.split(common)
         with self.communication.measure("decode"):
             self._spoil(mean, parts, names)
         means = [part if there else None for part, there in zip(parts, present, strict=True)]
-        return Collected(means, [envelope.term for envelope in envelopes])
+        all_joined = all(envelope.stage == "joined" for envelope in envelopes)
+        return Collected(means, [envelope.term for envelope in envelopes], all_joined)
 
     def _as_received(self, fused: Fused) -> list[Tensor | None]:
         vector = self._joined(fused, fused.sizes)
@@ -92,6 +95,8 @@ class DenseExchange(Exchange):
         if len(self._vector) != sum(sizes) or self._vector.dtype != self.dtype:
             # Fresh memory costs a page fault for every 4 kB: five times as long as the copy itself.
             self._vector = torch.empty(sum(sizes), dtype=self.dtype, device="cpu")
+        if fused.segments and fused.sizes == tuple(sizes):
+            return torch.cat(fused.segments, out=self._vector)  # all at once: a copy for each takes 2 us more
         for part, segment in zip(self._vector.split(list(sizes)), fused.segments, strict=True):
             part.copy_(segment) if segment.numel() else part.zero_()
         return self._vector
@@ -124,9 +129,10 @@ class DenseExchange(Exchange):
             compressed, context = self.compression.compress(vector)
         if len(compressed) == 0:
             return vector
-        counted = self.communication.count(compressed)
-        pending = self.transport.allreduce(counted, "hvd_qgenx.allreduce", self.op == "mean", self.predivide)
-        reduced = self.messenger.wait(pending)
+        envelope = self.envelope("vectors")
+        reduced = self.messenger.wait(
+            self.messenger.start_allreduce(compressed, envelope, self.op == "mean", self.predivide)
+        )
         with self.communication.measure("decode"):
             return self.compression.decompress(reduced, context)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx.communication import Communication
-from hvd_qgenx.exchange.agreement import agree, leader_of, share_state
+from hvd_qgenx.exchange.agreement import agree, compare_replicas, leader_of, share_state
 from hvd_qgenx.exchange.message import DisagreementError, Envelope, Messenger
 from hvd_qgenx.layout import Part
 from hvd_qgenx.transports import Transport
@@ -62,6 +62,8 @@ class Collected(NamedTuple):
 
     means: list[Tensor | None]
     terms: list[float]
+    #: Whether no rank had data: all of them said "joined".
+    all_joined: bool = False
 
 
 class Exchange(ABC):
@@ -91,6 +93,9 @@ class Exchange(ABC):
         #: What every rank sent in the last exchange, if it was to be kept.
         self.kept: list[Tensor] | None = None
         self._agreed = False
+        # Whether an exception ended an exchange that other ranks may have made.
+        self._interrupted = False
+        self._epoch = transport.epoch
 
     @property
     def communication(self) -> Communication:
@@ -112,9 +117,27 @@ class Exchange(ABC):
             DisagreementError: on every rank, naming what differs.
         """
         self.transport.check_started()
+        self._follow_epoch()
+        if self._interrupted:
+            self._resume()
         if not self._agreed:
             self._catch_up(agree(self.messenger, [*self.settings_lines(), *self.description], self._position()))
             self._agreed = True
+
+    def _follow_epoch(self) -> None:
+        """Where ranks have been connected anew all agree anew, and what was under way is gone with the old ones."""
+        if self._epoch is not self.transport.epoch:
+            self._epoch, self._agreed, self._interrupted = self.transport.epoch, False, False
+        # What an earlier process of this rank may have left there.
+        if not self._agreed and self.transport.board:
+            self.transport.board.write("")
+
+    def _resume(self) -> None:
+        """After an interrupted exchange: all ranks were interrupted and repeat it, or all of them raise."""
+        self._interrupted = False  # it is told once; ranks that have parted have other counters
+        self.messenger.drain()
+        nothing = torch.zeros(0, dtype=torch.uint8, device="cpu")
+        self.messenger.gather(self.envelope("interrupted"), nothing)
 
     def adapt_if_due(self, fused: Fused, starts_iteration: bool = True) -> None:
         """Counts an iteration that starts here; where levels adapt, all ranks may then fit new ones."""
@@ -126,7 +149,8 @@ class Exchange(ABC):
 
         Args:
             fused: what ``fuse`` made. It must not change before ``collect``.
-            stage: which half-step this is, "extrapolation" or "step".
+            stage: which half-step this is, "extrapolation" or "step"; "joined" from a rank that has no data and takes
+                part in whatever the others do. A mean is then that of the ranks that have data.
             term: makes this rank's term of a sum, which travels along.
             keep: whether ``last_as_received`` will be asked for.
         """
@@ -171,6 +195,40 @@ class Exchange(ABC):
 
     # ---- around them -------------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """Everything from ``settle`` to the use of the means happens in this context, so that it counts once or never.
+
+        An error that all ranks raise leaves counters where they were. Any other exception, as KeyboardInterrupt, or
+        what a signal raises, may leave the other ranks with an exchange that this one has not made: the next one then
+        asks all ranks.
+        """
+        before = self.counters
+        try:
+            yield
+        except FloatingPointError:  # under nonfinite="raise": the exchange was made
+            raise
+        except (DisagreementError, ValueError):
+            self.counters = before
+            raise
+        except BaseException:
+            self.counters, self._interrupted = before, True
+            raise
+
+    @property
+    def counters(self) -> tuple[int, int]:
+        """How many exchanges were made and iterations started."""
+        return self.step, self.iteration
+
+    @counters.setter
+    def counters(self, value: tuple[int, int]) -> None:
+        self.step, self.iteration = value
+
+    def weight(self, envelopes: Sequence[Envelope]) -> float:
+        """What a mean over all ranks is multiplied by, to be one over those that have data."""
+        joined = sum(envelope.stage == "joined" for envelope in envelopes)
+        return 1.0 if self.op == "sum" or joined in (0, len(envelopes)) else len(envelopes) / (len(envelopes) - joined)
+
     def describe(self, lines: Sequence[str], dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> None:
         """What ranks must have in common, beside the exchange's own settings; compared before the next exchange.
 
@@ -179,6 +237,10 @@ class Exchange(ABC):
             dtypes, sizes: of all tensors, those included that a rank may lack in some exchanges.
         """
         self.description, self.sizes, self._agreed = list(lines), tuple(sizes), False
+
+    def identify(self, number: int) -> None:
+        """From here on, messages say that they belong to the optimizer of this number."""
+        self.communication.number = number
 
     def settings_lines(self) -> list[str]:
         """The exchange's own settings, a line each."""
@@ -194,6 +256,11 @@ class Exchange(ABC):
             nothing = torch.zeros(0, dtype=torch.uint8, device="cpu")
             self.messenger.gather(self.envelope("refusal"), nothing)
 
+    def compare_replicas(self, fingerprints: Sequence[bytes], names: Sequence[str]) -> None:
+        """Raises DisagreementError on all ranks unless they hold the same tensors, by ``fingerprint`` of each."""
+        self.settle()
+        compare_replicas(self.messenger, self.envelope("replicas"), fingerprints, names)
+
     def envelope(self, stage: str, term: float = 0.0, first: int = 0, part: int = 0, phase: int = 0) -> Envelope:
         """Of a message that belongs to the coming exchange."""
         return Envelope(self.communication.number, self.step, stage, term, first, part, phase)
@@ -208,7 +275,12 @@ class Exchange(ABC):
         return {"step": self.step, "iteration": self.iteration, "settings": self.settings_lines(), "kept": kept}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues exactly; what was kept by another number of ranks or under other settings is dropped."""
+        """Continues exactly; what was kept by another number of ranks or under other settings is dropped.
+
+        Ranks agree again if it moves this one; to another point than the others' it is an error at the next exchange.
+        """
+        self._agreed = self._agreed and (state["step"], state["iteration"]) == self.counters
+        self._interrupted = False
         self.step, self.iteration = state["step"], state["iteration"]
         kept = state["kept"] if state["settings"] == self.settings_lines() else None
         self.kept = kept if kept is not None and len(kept) == self.transport.size else None
@@ -241,7 +313,9 @@ class Exchange(ABC):
 
 
 class Alone(Exchange):
-    """One rank alone: nothing is sent and nothing is rounded."""
+    """One rank alone: nothing is sent and nothing is rounded. What it was told of codebooks it keeps for others."""
+
+    _inherited: dict | None = None
 
     def fuse(self, tensors: Sequence[Tensor | None]) -> Fused:
         return fuse(tensors, lambda tensor: tensor.detach().reshape(-1))
@@ -249,9 +323,19 @@ class Alone(Exchange):
     def settle(self) -> None:
         self.transport.check_started()
 
+    def compare_replicas(self, fingerprints: Sequence[bytes], names: Sequence[str]) -> None:
+        """There are no others."""
+
     def submit(self, fused: Fused, stage: str, term: Term | None = None, keep: bool = False) -> Fused:
         self.step += 1
         return fused
 
     def collect(self, submitted: Fused, names: Sequence[str]) -> Collected:
         return Collected(submitted.pick(submitted.segments), [])
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), **(self._inherited or {}), "step": self.step, "iteration": self.iteration}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self._inherited = {**state, "kept": None}

@@ -68,6 +68,10 @@ class HierarchicalExchange(Exchange):
         self.within.describe([], [torch.float32], sizes)
         self.across.describe([], dtypes, sizes)
 
+    def identify(self, number: int) -> None:
+        super().identify(number)
+        self.within.identify(number)
+
     def fuse(self, tensors: Sequence[Tensor | None]) -> Fused:
         return self.within.fuse(tensors)
 
@@ -81,6 +85,8 @@ class HierarchicalExchange(Exchange):
         self._starts_iteration = starts_iteration
 
     def submit(self, fused: Fused, stage: str, term: Term | None = None, keep: bool = False) -> Gathering:
+        if stage == "joined":
+            raise ValueError("join() is not for hierarchical=True: hosts weigh their sums by all of their ranks")
         if term or keep:
             raise ValueError("a hierarchical exchange has no rank's own vector: use it without term and keep")
         self.step += 1
@@ -152,6 +158,20 @@ class HierarchicalExchange(Exchange):
         return [mean if there else None for mean, there in zip(means, head["present"], strict=True)]
 
     # ---- around them -------------------------------------------------------------------------------------------------
+
+    @property
+    def counters(self) -> tuple[int, int]:
+        return self.step, self.iteration
+
+    @counters.setter
+    def counters(self, value: tuple[int, int]) -> None:
+        for exchange in (self, self.within, self.across):
+            exchange.step, exchange.iteration = value
+
+    def _resume(self) -> None:
+        self.within.messenger.drain()
+        self.across.messenger.drain()
+        super()._resume()
 
     def refuse(self, starts_iteration: bool = True, whole: bool = False) -> None:
         if not self._agreed:

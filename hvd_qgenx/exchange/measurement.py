@@ -114,17 +114,20 @@ class Meter:
         return self.seconds(lambda: start(size).wait())
 
     def _allgather(self, size: int) -> Pending:
-        return self.transport.allgather(self._bytes(size), "hvd_qgenx.measurement.allgather")
+        return self._watched(self.transport.allgather(self._bytes(size), "hvd_qgenx.measurement.allgather"))
 
     def _alltoall(self, size: int) -> Pending:
         ranks = self.transport.size
         splits = torch.full((ranks,), size // ranks, dtype=torch.int32, device="cpu")
         messages = self._bytes(size // ranks * ranks)
-        return self.transport.alltoall(messages, splits, "hvd_qgenx.measurement.alltoall")
+        return self._watched(self.transport.alltoall(messages, splits, "hvd_qgenx.measurement.alltoall"))
 
     def _allreduce(self, dtype: torch.dtype) -> Start:
         name = f"hvd_qgenx.measurement.{dtype}"
-        return lambda size: self.transport.allreduce(self._bytes(size // 4 * 4).view(dtype), name, True)
+        return lambda size: self._watched(self.transport.allreduce(self._bytes(size // 4 * 4).view(dtype), name, True))
+
+    def _watched(self, pending: Pending) -> Pending:
+        return self.messenger.watch(pending, lambda: "the measurement of the network")
 
     def _bytes(self, size: int) -> Tensor:
         return self.messenger.communication.count(torch.zeros(size, dtype=torch.uint8, device="cpu"))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hvd_qgenx.communication import Communication
+from hvd_qgenx.identity import label_of
 from hvd_qgenx.transports import Pending, Transport
+from hvd_qgenx.transports.waiting import Watched
 
 MAGIC, VERSION = b"QGXM", 1
 STAGES = (
-    "step", "extrapolation", "agreement", "state", "adaptation", "vectors", "refusal", "void", "measurement",
+    "step", "extrapolation", "agreement", "state", "adaptation", "vectors", "refusal", "void", "measurement", "rows",
+    "interrupted", "joined", "replicas",
 )  # fmt: skip
 
 # Lengths that change at every step would evict Horovod's response cache, so messages are padded to classes of this
@@ -99,37 +103,71 @@ def unseal(message: Tensor, rank: int) -> tuple[Envelope, Tensor, int]:
     return envelope, message[ENVELOPE_BYTES:size], min(size_class(size), len(message))
 
 
-def split(gathered: Tensor) -> tuple[list[Envelope], list[Tensor]]:
-    """The messages in an allgather's output, in rank order, each found by the length in its envelope."""
+def split(gathered: Tensor, ranks: Sequence[int] = ()) -> tuple[list[Envelope], list[Tensor]]:
+    """The messages in an allgather's output, in rank order, each found by the length in its envelope.
+
+    Args:
+        gathered: uint8[n].
+        ranks: the senders' numbers in the whole job, for messages; those that are not given are counted from 0.
+    """
     envelopes: list[Envelope] = []
     bodies: list[Tensor] = []
     start = 0
     while start < len(gathered):
-        envelope, body, taken = unseal(gathered[start:], len(bodies))
+        sender = ranks[len(bodies)] if len(bodies) < len(ranks) else len(bodies)
+        envelope, body, taken = unseal(gathered[start:], sender)
         envelopes.append(envelope)
         bodies.append(body)
         start += taken
     return envelopes, bodies
 
 
-def compare(envelopes: Sequence[Envelope], ranks: int) -> None:
-    """Raises DisagreementError unless so many ranks are at the same exchange."""
-    if len(envelopes) != ranks:
-        raise DisagreementError(f"{len(envelopes)} messages arrived, from {ranks} ranks")
-    first = envelopes[0]
-    for rank, other in enumerate(envelopes):
-        if other.number != first.number:
+def compare(envelopes: Sequence[Envelope], ranks: Sequence[int]) -> None:
+    """Raises DisagreementError unless all ranks are at the same exchange.
+
+    Args:
+        envelopes: of all ranks.
+        ranks: their numbers in the whole job, for the message.
+    """
+    if len(envelopes) != len(ranks):
+        raise DisagreementError(f"{len(envelopes)} messages arrived, from {len(ranks)} ranks")
+    compare_interrupted(envelopes, ranks)
+    pairs = list(zip(ranks, envelopes, strict=True))
+    leader, first = next((pair for pair in pairs if pair[1].stage != "joined"), pairs[0])
+    for rank, other in pairs:
+        # Those that agree compare words beside their envelopes, which say more than a number does.
+        agree = "agreement" in (first.stage, other.stage)
+        if other.number != first.number and not agree:
             raise DisagreementError(
-                f"ranks use different optimizers or compressors: rank 0 the {first.number}. that it made, "
-                f"rank {rank} its {other.number}.; all ranks must make and use them in the same order"
+                f"ranks use different optimizers or compressors: rank {leader} {label_of(first.number)}, "
+                f"rank {rank} {label_of(other.number)}; all ranks must use them in the same order, and those that "
+                "belong together need the same names and shapes, or the same name="
             )
-        if (other.step, other.stage) != (first.step, first.stage):
-            raise DisagreementError(f"ranks are out of step: rank 0 is at {first}, rank {rank} at {other}")
+        if other.step != first.step or not _go_together(first.stage, other.stage):
+            raise DisagreementError(f"ranks are out of step: rank {leader} is at {first}, rank {rank} at {other}")
         if (other.part, other.phase) != (first.part, first.phase):
             raise DisagreementError(
-                f"ranks are out of step: rank 0 sent part {first.part} of phase {first.phase} of {first}, "
+                f"ranks are out of step: rank {leader} sent part {first.part} of phase {first.phase} of {first}, "
                 f"rank {rank} part {other.part} of phase {other.phase}"
             )
+
+
+def compare_interrupted(envelopes: Sequence[Envelope], ranks: Sequence[int]) -> None:
+    """Raises DisagreementError if some ranks, but not all, were interrupted in an exchange and come back to it."""
+    interrupted = [rank for rank, one in zip(ranks, envelopes, strict=True) if one.stage == "interrupted"]
+    if not interrupted or len(interrupted) == len(ranks):
+        return
+    who = f"rank {', '.join(map(str, interrupted))} was interrupted in an exchange"
+    if len({envelope.step for envelope in envelopes}) == 1:
+        raise DisagreementError(f"{who} that no rank has made: it can be repeated, on all ranks")
+    raise DisagreementError(
+        f"{who} that the others have made: parameters may differ now, so load one state on all ranks, or start again"
+    )
+
+
+def _go_together(first: str, other: str) -> bool:
+    """Whether these are stages of one exchange; a rank that has no data takes part in any half-step."""
+    return first == other or (other == "joined" and first in ("step", "extrapolation", "void"))
 
 
 class Messenger:
@@ -142,24 +180,67 @@ class Messenger:
 
     def __init__(self, transport: Transport, communication: Communication):
         self.transport, self.communication = transport, communication
+        self._under_way: list[Watched] = []
 
     def start(self, message: Tensor, part: int = 0, phase: int = 0) -> Pending:
         """Starts an allgather of a sealed message."""
-        return self.transport.allgather(self.communication.count(message, phase), self._name(part, phase), part)
+        pending = self.transport.allgather(self.communication.count(message, phase), self._name(part, phase), part)
+        return self.watch(pending, lambda: self._exchange_of(message))
 
     def start_alltoall(self, messages: Tensor, lengths: Sequence[int], part: int) -> Pending:
         """Starts an alltoall of sealed messages, one for each rank, one after another."""
         splits = torch.tensor(lengths, dtype=torch.int32, device="cpu")
-        return self.transport.alltoall(self.communication.count(messages), splits, f"{self._name(part, 0)}.shards")
+        pending = self.transport.alltoall(self.communication.count(messages), splits, f"{self._name(part, 0)}.shards")
+        return self.watch(pending, lambda: self._exchange_of(messages))
+
+    def start_allreduce(self, vector: Tensor, envelope: Envelope, mean: bool, predivide: float) -> Pending:
+        """Starts an allreduce that belongs to the exchange of ``envelope``; overwrites ``vector``."""
+        name = f"hvd_qgenx.allreduce{self._own_name(threads_only=True)}"
+        pending = self.transport.allreduce(self.communication.count(vector), name, mean, predivide)
+        return self.watch(pending, lambda: self._in_words(envelope))
 
     def _name(self, part: int, phase: int) -> str:
-        own = f".{self.communication.number}.{phase}.{part}" if part or phase else ""
+        own = f"{self._own_name()}.{phase}.{part}" if part or phase else self._own_name(threads_only=True)
         return f"hvd_qgenx.exchange{own}"
+
+    def _own_name(self, threads_only: bool = False) -> str:
+        """What only this optimizer's operations have in their names.
+
+        In the main thread there is one exchange at a time, and ranks that do different things shall meet. Beside it,
+        other threads may use other optimizers at the same time.
+        """
+        if threads_only and threading.current_thread() is threading.main_thread():
+            return ""
+        return f".{self.communication.number}"
+
+    def watch(self, pending: Pending, what: Callable[[], str]) -> Watched:
+        """The operation, with a wait that says after a while what it waits for."""
+        watched = Watched(pending, self.transport, what)
+        self._under_way = [*(one for one in self._under_way if not one.taken), watched]
+        return watched
+
+    def _exchange_of(self, message: Tensor) -> str:
+        return self._in_words(unseal(message, self.transport.global_rank)[0])
+
+    def _in_words(self, envelope: Envelope) -> str:
+        return f"{envelope} of {label_of(self.communication.number)}"
+
+    def drain(self) -> None:
+        """Waits for what an interrupted exchange has left under way, and drops it.
+
+        Raises:
+            DisagreementError: if what arrived says that a rank came back to that exchange before it had sent its part.
+        """
+        left, self._under_way = [one for one in self._under_way if not one.taken], []
+        for result in [one.wait() for one in left]:
+            if result.dtype == torch.uint8:
+                compare_interrupted(split(result)[0], self.transport.members)
 
     def finish(self, pending: Pending) -> tuple[list[Envelope], list[Tensor]]:
         """All ranks' envelopes and bodies. Raises DisagreementError if they are not at the same exchange."""
-        envelopes, bodies = split(self.wait(pending))
-        compare(envelopes, self.transport.size)
+        members = self.transport.members
+        envelopes, bodies = split(self.wait(pending), members)
+        compare(envelopes, members)
         return envelopes, bodies
 
     def wait(self, pending: Pending) -> Tensor:

@@ -49,7 +49,8 @@ class TwoPhase(Plan):
     def refuse(self, envelope: Envelope) -> None:
         ranks, message = self.messenger.transport.size, seal(envelope, room_for(0), 0)
         pending = self.messenger.start_alltoall(message.repeat(ranks), [len(message)] * ranks, 0)
-        compare(split(self.messenger.wait(pending))[0], ranks)
+        members = self.messenger.transport.members
+        compare(split(self.messenger.wait(pending), members)[0], members)
 
 
 class TwoPhaseFlight(Flight):
@@ -90,13 +91,14 @@ class TwoPhaseFlight(Flight):
     @cached_property
     def _messages(self) -> tuple[list[Envelope], list[Tensor]]:
         """All ranks' payloads of the shard that this rank owns."""
-        return split(self.messenger.wait(self._pending))
+        return split(self.messenger.wait(self._pending), self.messenger.transport.members)
 
     def advance(self) -> None:
         """Averages the shard that this rank owns and sends the mean."""
         envelopes, payloads = self._messages
-        compare(envelopes, self.messenger.transport.size)
-        arrived = Arrived(self.codec, envelopes, payloads)
+        members = self.messenger.transport.members
+        compare(envelopes, members)
+        arrived = Arrived(self.codec, envelopes, payloads, members)
         sizes = arrived.common_sizes()
         vector = self.buffers.take_floats(f"mean.{self.part}", sum(sizes), self.outgoing.device)
         means = list(vector.split(list(sizes)))
@@ -119,7 +121,7 @@ class TwoPhaseFlight(Flight):
         """The means of all shards; waits for them when first asked."""
         if self._arrived is None:
             envelopes, payloads = self.messenger.finish(self._pending)
-            self._arrived = Arrived(self.fine, envelopes, payloads)
+            self._arrived = Arrived(self.fine, envelopes, payloads, self.messenger.transport.members)
         return self._arrived
 
     def sizes(self) -> tuple[int, ...]:

@@ -6,8 +6,13 @@ A transport is a room beside ``horovod``; only that room imports its framework.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from torch import Tensor
+
+
+class LostError(RuntimeError):
+    """Ranks that were waited for did not come, or are gone."""
 
 
 class Pending(ABC):
@@ -15,11 +20,44 @@ class Pending(ABC):
 
     @abstractmethod
     def done(self) -> bool:
-        """Whether ``wait`` would return at once."""
+        """Whether ``wait`` would return, or raise, at once."""
 
     @abstractmethod
     def wait(self) -> Tensor:
-        """The result; sleeps meanwhile, so that slower ranks have the core."""
+        """The result; sleeps meanwhile, so that slower ranks have the core.
+
+        Raises:
+            LostError: if other ranks are gone.
+        """
+
+
+class Board(ABC):
+    """Where ranks leave a word for each other beside their collectives. Neither verb raises, whatever is broken."""
+
+    @abstractmethod
+    def write(self, text: str) -> None:
+        """Replaces what this rank has written."""
+
+    @abstractmethod
+    def read(self, rank: int) -> str:
+        """What global rank ``rank`` has written last; empty if nothing, or if it cannot be known."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a rank waits, see ``waiting``.
+
+    Args:
+        timeout: seconds after which a wait raises; 0 is never.
+        tell_after: seconds after which the board is told.
+        log_after: seconds after which a wait is logged, once.
+        grace: seconds in which other ranks may tell the board that they have lost somebody, too.
+    """
+
+    timeout: float = 1800.0
+    tell_after: float = 2.0
+    log_after: float = 10.0
+    grace: float = 1.0
 
 
 class Transport(ABC):
@@ -45,9 +83,28 @@ class Transport(ABC):
         """This rank's place among all ranks of the job."""
 
     @property
+    def members(self) -> list[int]:
+        """The places of all that take part among all ranks of the job, in their order."""
+        return list(range(self.size))
+
+    @property
     @abstractmethod
     def included(self) -> bool:
         """Whether this rank takes part."""
+
+    @property
+    def epoch(self) -> object:
+        """Another object, or an unequal one, once ranks have been connected anew: then others may take part."""
+        return None
+
+    #: How long a rank waits for others.
+    patience = Patience()
+    #: Where ranks leave a word for each other; None where there is no such place.
+    board: Board | None = None
+
+    def lost(self, sentence: str) -> LostError:
+        """What to raise when ranks are gone, of a class that the framework's own recovery knows."""
+        return LostError(sentence)
 
     @abstractmethod
     def check_started(self) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import contextlib
+import os
+import urllib.request
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import horovod.torch as hvd
 import torch
+from horovod.common.exceptions import HorovodInternalError
+from horovod.torch import mpi_ops
 from torch import Tensor
 
-from hvd_qgenx.transports import Pending, Transport
+from hvd_qgenx.transports import Board, LostError, Patience, Pending, Transport
 from hvd_qgenx.transports.hosts import Place, check_hosts, group
-
-_POLL_SECONDS = 1e-4
+from hvd_qgenx.transports.waiting import Watched, seconds
 
 #: Horovod copies operations of one dtype that wait at the same time into one, which ends when its last byte is there;
 #: parts could then not be decoded one by one. Bytes of different lanes travel as words of different types.
@@ -26,28 +29,94 @@ def start() -> int:
     return hvd.rank()
 
 
+class HorovodLostError(LostError, HorovodInternalError):
+    """``LostError``, of the class after which ``horovod.torch.elastic.run`` starts again from the last commit."""
+
+
+class LauncherBoard(Board):
+    """A board at ``horovodrun --gloo``, whose rendezvous server keeps words for its ranks while the job runs."""
+
+    def __init__(self, address: str, port: str):
+        self._url = f"http://{address}:{port}/hvd_qgenx.waiting"
+
+    def write(self, text: str) -> None:
+        request = urllib.request.Request(f"{self._url}/{hvd.rank()}", data=text.encode(), method="PUT")
+        with contextlib.suppress(OSError, ValueError):
+            urllib.request.urlopen(request, timeout=_BOARD_SECONDS).close()
+
+    def read(self, rank: int) -> str:
+        try:
+            with urllib.request.urlopen(f"{self._url}/{rank}", timeout=_BOARD_SECONDS) as found:
+                return found.read().decode()
+        except (OSError, ValueError):
+            return ""
+
+
+_BOARD_SECONDS = 2.0
+
+
+def launcher_board() -> LauncherBoard | None:
+    """The board of the launcher that started this process; None if it has none, as under MPI."""
+    address, port = (os.environ.get(f"HOROVOD_GLOO_RENDEZVOUS_{name}") for name in ("ADDR", "PORT"))
+    return LauncherBoard(address, port) if address and port else None
+
+
 class _Handle(Pending):
     """A handle of Horovod's; its own wait spins, and takes the core that a slower rank needs to arrive."""
 
-    def __init__(self, handle: int, dtype: torch.dtype | None = None):
-        self.handle, self.dtype = handle, dtype
+    def __init__(self, handle: int, key: tuple[int, str], dtype: torch.dtype | None = None):
+        self.handle, self.key, self.dtype, self.epoch = handle, key, dtype, _epoch()
 
     def done(self) -> bool:
-        return hvd.poll(self.handle)
+        # A handle of ranks that have parted says nothing any more.
+        return self.epoch is not _epoch() or hvd.poll(self.handle)
 
     def wait(self) -> Tensor:
-        while not self.done():
-            time.sleep(_POLL_SECONDS)
-        result = hvd.synchronize(self.handle)
+        if self.epoch is not _epoch():
+            raise HorovodLostError("Horovod was initialized anew meanwhile")
+        try:
+            result = hvd.synchronize(self.handle)
+        except HorovodInternalError as error:
+            raise HorovodLostError(str(error)) from error
+        finally:
+            _UNDER_WAY.pop(self.key, None)
         result = result[0] if isinstance(result, tuple) else result  # alltoall adds the lengths
         return result if self.dtype is None else result.view(self.dtype)
 
 
-class HorovodTransport(Transport):
-    """The ranks of a process set; None is all of them."""
+class _Failed(Pending):
+    """An operation that could not even be started."""
 
-    def __init__(self, process_set=None):
+    def __init__(self, error: LostError):
+        self.error = error
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> Tensor:
+        raise self.error
+
+
+def _epoch() -> object:
+    """Horovod's table of handles: ``init`` makes another one, also where size and rank stay what they were."""
+    return mpi_ops._handle_map
+
+
+#: Operations that nobody has waited for yet, by process set and name, which Horovod takes only once at a time.
+_UNDER_WAY: dict[tuple[int, str], _Handle] = {}
+
+
+class HorovodTransport(Transport):
+    """The ranks of a process set; None is all of them.
+
+    Args:
+        timeout: seconds after which a wait raises, see ``waiting.seconds``.
+    """
+
+    def __init__(self, process_set=None, timeout: float | None = None):
         self.process_set = hvd.global_process_set if process_set is None else process_set
+        self.patience = Patience(seconds("timeout", timeout))
+        self.board = launcher_board()
 
     @property
     def size(self) -> int:
@@ -62,8 +131,19 @@ class HorovodTransport(Transport):
         return hvd.rank()
 
     @property
+    def members(self) -> list[int]:
+        return list(self.process_set.ranks) if self.included else [self.global_rank]
+
+    @property
     def included(self) -> bool:
         return self.process_set.included()
+
+    @property
+    def epoch(self) -> object:
+        return _epoch()
+
+    def lost(self, sentence: str) -> LostError:
+        return HorovodLostError(sentence)
 
     def check_started(self) -> None:
         if not hvd.is_initialized():
@@ -71,21 +151,37 @@ class HorovodTransport(Transport):
 
     def allgather(self, message: Tensor, name: str, lane: int = 0) -> Pending:
         words = message.view(_LANES[lane % len(_LANES)])
-        return _Handle(hvd.allgather_async(words, name=name, process_set=self.process_set), torch.uint8)
+        return self._start(
+            name, lambda: hvd.allgather_async(words, name=name, process_set=self.process_set), torch.uint8
+        )
 
     def alltoall(self, messages: Tensor, splits: Tensor, name: str) -> Pending:
-        return _Handle(hvd.alltoall_async(messages, splits, name=name, process_set=self.process_set))
+        return self._start(name, lambda: hvd.alltoall_async(messages, splits, name=name, process_set=self.process_set))
 
     def allreduce(self, vector: Tensor, name: str, mean: bool, predivide: float = 1.0) -> Pending:
-        handle = hvd.allreduce_async_(
-            vector,
-            name=name,
-            op=hvd.Average if mean else hvd.Sum,
-            prescale_factor=1.0 / predivide,
-            postscale_factor=predivide,
-            process_set=self.process_set,
+        return self._start(
+            name,
+            lambda: hvd.allreduce_async_(
+                vector,
+                name=name,
+                op=hvd.Average if mean else hvd.Sum,
+                prescale_factor=1.0 / predivide,
+                postscale_factor=predivide,
+                process_set=self.process_set,
+            ),
         )
-        return _Handle(handle)
+
+    def _start(self, name: str, begin: Callable[[], int], dtype: torch.dtype | None = None) -> Pending:
+        key = self.process_set.process_set_id, name
+        left = _UNDER_WAY.pop(key, None)
+        if left is not None and left.epoch is _epoch():
+            # Somebody interrupted the exchange that started it; the other ranks may not have come to it yet.
+            Watched(left, self, lambda: f"an interrupted operation named {name}").wait()
+        try:
+            _UNDER_WAY[key] = handle = _Handle(begin(), key, dtype)
+        except HorovodInternalError as error:  # some rank has ended the job already
+            return _Failed(HorovodLostError(str(error)))
+        return handle
 
 
 class _Leaders(HorovodTransport):
@@ -98,6 +194,10 @@ class _Leaders(HorovodTransport):
     @property
     def size(self) -> int:
         return self.hosts
+
+    @property
+    def members(self) -> list[int]:
+        return list(self.process_set.ranks)
 
 
 class Hosts(NamedTuple):

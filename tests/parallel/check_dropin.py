@@ -194,12 +194,19 @@ def test_ranks_with_adaptive_and_fixed_levels_do_not_hang():
 def test_ranks_out_of_step_all_learn_both():
     compressor = hvd_qgenx.Compression.qgenx(levels="uniform")
     hvd.allreduce(torch.randn(10), name="sequence", compression=compressor)
-    state = {**compressor.state_dict(), "step": 5 + hvd.rank()}
-    compressor.load_state_dict(state)
+    compressor._exchange.step = 5 + hvd.rank()
     message = message_on_all_ranks(
         RuntimeError, lambda: hvd.allreduce(torch.randn(10), name="sequence", compression=compressor)
     )
     assert message == "ranks are out of step: rank 0 is at exchange 5 (step), rank 1 at exchange 6 (step)"
+
+
+def test_ranks_that_loaded_different_states_agree_on_the_one_that_is_furthest():
+    compressor = hvd_qgenx.Compression.qgenx(levels="uniform")
+    hvd.allreduce(torch.randn(10), name="loaded", compression=compressor)
+    compressor.load_state_dict({**compressor.state_dict(), "step": 5 + hvd.rank()})
+    hvd.allreduce(torch.randn(10), name="loaded", compression=compressor)
+    assert compressor.state_dict()["step"] == 5 + hvd.size()
 
 
 def test_shapes_that_differ_are_told_on_every_rank():
@@ -259,7 +266,8 @@ def test_two_compressors_used_in_another_order_are_not_mixed():
     tokens = [hvd.allreduce(token, name=f"order.{i}") for i, (token, _) in enumerate(kept)]
     index = compressors.index(order[0])
     message = message_on_all_ranks(RuntimeError, lambda: order[0].decompress(tokens[index], kept[index][1]))
-    assert message.startswith("ranks use different optimizers or compressors: rank 0 the ")
+    assert message.startswith("ranks use different optimizers or compressors: rank 0 a compressor")
+    assert "of those with its names and shapes)" in message
 
 
 def test_tensors_taken_after_other_exchanges_are_not_mixed():

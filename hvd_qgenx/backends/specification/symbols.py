@@ -38,7 +38,7 @@ def _word_planes(code: Code, symbols: Tensor, buckets: Buckets) -> list[tuple[Te
             planes.append((buckets.bucket_of[inside], symbols[inside] < 0))
     for depth in range(code.depth):
         elements = elements[integers(code.lengths)[symbols[elements].long() + code.num_levels] > depth]
-        bits = torch.tensor([word[depth : depth + 1] == "1" for word in code.words], device="cpu")
+        bits = torch.tensor([word[depth : depth + 1] == "1" for word in code.words], dtype=torch.bool, device="cpu")
         planes.append((buckets.bucket_of[elements], bits[symbols[elements].long() + code.num_levels]))
     return planes
 
