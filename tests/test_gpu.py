@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -139,10 +140,16 @@ def has_nvrtc():
         pytest.skip(str(error))
 
 
+@cache
+def _compiled(architecture):
+    """Once for all tests: it takes ten seconds."""
+    return nvrtc.compile_for(architecture, "--ptxas-options=-v")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_spills_and_the_frequent_ones_in_at_most_96_registers(has_nvrtc, architecture):
-    log = nvrtc.compile_for(architecture, "--ptxas-options=-v")["ProgramLog"].decode()
+    log = _compiled(architecture)["ProgramLog"].decode()
     names, registers = re.findall(r"entry function '(\w+)'", log), re.findall(r"Used (\d+) registers", log)
     used = dict(zip(names, map(int, registers), strict=True))
     assert len(used) == 11 and set(re.findall(r"(\d+) bytes spill", log)) == {"0"}
@@ -153,19 +160,18 @@ def test_kernels_compile_without_spills_and_the_frequent_ones_in_at_most_96_regi
 
 @pytest.mark.slow
 def test_nothing_in_the_assembly_rounds_otherwise_than_named(has_nvrtc):
-    strict = nvrtc.compile_for("sm_90")["PTX"].decode()
+    strict = _compiled("sm_90")["PTX"].decode()
     assert not re.search(r"div\.full|\.approx|\.ftz|fma\.rn\.f32|mad\.f32", strict)
     # Nothing depends on the option: it only keeps a compiler from doing more.
     free = nvrtc.compile_for("sm_90", "--fmad=true")["PTX"].decode()
     assert strict.splitlines()[10:] == free.splitlines()[10:]
 
 
-@pytest.mark.slow
 def test_a_compilation_is_kept_and_a_damaged_one_is_made_again(has_nvrtc, tmp_path, monkeypatch):
-    code = nvrtc.compiled("sm_90", tmp_path)
+    made = iter([b"first", b"anew"])
+    monkeypatch.setattr(nvrtc, "compile_for", lambda architecture: {"CUBIN": next(made)})
+    assert [nvrtc.compiled("sm_90", tmp_path), nvrtc.compiled("sm_90", tmp_path)] == [b"first", b"first"]
     (kept,) = tmp_path.iterdir()
-    monkeypatch.setattr(nvrtc, "compile_for", lambda architecture: {"CUBIN": b"anew"})
-    assert nvrtc.compiled("sm_90", tmp_path) == code
     kept.write_bytes(kept.read_bytes()[:-1])
     assert nvrtc.compiled("sm_90", tmp_path) == b"anew"
 
