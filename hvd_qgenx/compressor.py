@@ -202,8 +202,8 @@ class QGenXCompressor:
         nonfinite: str = "nan",
         statistics: str = "histogram",
         rate_weight: float = 0.0,
-        device: str = "cpu",
         name: str | None = None,
+        device: str = "cpu",
     ) -> QGenXCompressor:
         """A configured compressor.
 
@@ -228,10 +228,10 @@ class QGenXCompressor:
                 (the paper's form, 112 bytes); neither grows with the gradient.
             rate_weight: lambda of the objective that adaptive levels minimise, relative variance + lambda * bits per
                 coordinate; 0 is the paper's, 2 ln(2) times the relative variance a good start. See ``Levels.fitted``.
+            name: by which ranks know it; needed only if they use several compressors, and not all ranks the same ones.
             device: where gradients on a GPU are coded: "cpu", to which they are copied, or "cuda", by kernels that
                 have not yet been run on a GPU (see docs/gpu.md), from then on for the whole process. The bytes are
                 the same: ranks may differ. Where kernels cannot run one warning says why, and it is the CPU.
-            name: by which ranks know it; needed only if they use several compressors, and not all ranks the same ones.
 
         Raises:
             ValueError: naming the argument and what is allowed.
