@@ -1,7 +1,7 @@
 """Lists of parameters to exchange gradients of, by name: networks as they are, and plain lists.
 
 "wgan:128" is the generator and the critic of train/models.py at this width, "resnet50" torchvision's, "vector:100" one
-parameter of 100 coordinates, "equal:500x2000" 500 parameters of 2,000 coordinates each.
+parameter of 100 coordinates, "matrix:10x20" one of this shape, "equal:500x2000" 500 of 2,000 coordinates each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def shapes_of(model: str) -> Shapes:
     try:
         return MODELS[kind](*(int(number) for number in size.split("x") if number))
     except (KeyError, TypeError, ValueError):
-        raise SystemExit(f"model must be wgan:WIDTH, resnet50, vector:N or equal:COUNTxN, got {model!r}") from None
+        known = "wgan:WIDTH, resnet50, vector:N, matrix:NxM or equal:COUNTxN"
+        raise SystemExit(f"model must be {known}, got {model!r}") from None
 
 
 def count(shapes: Shapes) -> int:
@@ -67,8 +68,12 @@ def vector(numel: int) -> Shapes:
     return {"vector": (numel,)}
 
 
+def matrix(rows: int, columns: int) -> Shapes:
+    return {"matrix": (rows, columns)}
+
+
 def equal(parameters: int, numel: int) -> Shapes:
     return {f"part{index}": (numel,) for index in range(parameters)}
 
 
-MODELS = {"wgan": wgan, "resnet50": resnet50, "vector": vector, "equal": equal}
+MODELS = {"wgan": wgan, "resnet50": resnet50, "vector": vector, "matrix": matrix, "equal": equal}

@@ -1,9 +1,12 @@
 """hvd_qgenx: unbiased, adaptive, entropy-coded gradient exchange for Horovod, and distributed extra-gradient.
 
-Importable without Horovod; what needs it says so when it is used. ``hvd_qgenx.backend`` is the name of the codec's
-backend in use: "avx2" or "portable", the compiled core, or "specification", plain torch; ``gpu_backend()`` says which
-one vectors on a GPU have, and why.
+Importable without Horovod; what needs it says so when it is used. ``hvd_qgenx.ddp`` is the hook for
+DistributedDataParallel. ``hvd_qgenx.backend`` is the name of the codec's
+backend in use: "avx2" or "portable", the compiled core, or "specification", plain torch; ``gpu_backend()``
+says which one vectors on a GPU have, and why.
 """
+
+import importlib
 
 from hvd_qgenx import backends
 from hvd_qgenx.backends import gpu_backend
@@ -41,14 +44,13 @@ __all__ = [
 def __getattr__(name: str):
     if name == "backend":
         return backends.name()
+    if name == "ddp":
+        return importlib.import_module("hvd_qgenx.ddp")
     if name == "elastic":
-        import importlib
-
         check_horovod()
         return importlib.import_module("hvd_qgenx.elastic")
     if name != "DistributedOptimizer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    check_horovod()
     from hvd_qgenx.distributed import DistributedOptimizer
 
     return DistributedOptimizer

@@ -83,6 +83,11 @@ class Settings:
             self.adapt_every > 0 and iteration > 0 and not iteration % self.adapt_every
         )
 
+    @property
+    def follows_drift(self) -> bool:
+        """Whether levels are fitted again when gradients are no longer like those that they were fitted to."""
+        return self.levels == "adaptive" and bool(self.adapt_at or self.adapt_every)
+
     def describe(self) -> list[str]:
         """One line for each setting, for ranks to compare."""
         return [f"{field.name}={getattr(self, field.name)!r}" for field in fields(self)]
@@ -112,7 +117,7 @@ class Statistics:
 
     "histogram": two histograms of |r|, ``NUM_BINS`` integers each; a message of 8,216 bytes. "normal": two times the
     sums of w, w r and w r^2, to which a truncated normal distribution is fitted; a message of 56 bytes. Behind its
-    record and padded, 8,320 and 112 bytes are handed to the allgather, whatever the gradient's length.
+    envelope and padded, 8,448 and 176 bytes are handed to the allgather, whatever the gradient's length.
 
     ``weighted`` weighs coordinates by the squared norm of their bucket, in units of 2**exponent; ``plain`` counts them
     (in units of 2**-16 under "normal"). The first decides levels (the variance that they cause is proportional to it),

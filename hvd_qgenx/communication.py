@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 PHASES = ("encode", "wait", "decode")
+_COUNTING = threading.Lock()  # two threads may send for one optimizer
 
 
 @dataclass
@@ -60,10 +62,11 @@ class Communication:
 
     def count(self, tensor: Tensor, phase: int = 0) -> Tensor:
         """Counts a tensor that is about to be handed to a collective, and returns it."""
-        self.collectives += 1
-        self.bytes_sent += tensor.numel() * tensor.element_size()
-        if phase:
-            self.second_phase_bytes += tensor.numel() * tensor.element_size()
+        with _COUNTING:
+            self.collectives += 1
+            self.bytes_sent += tensor.numel() * tensor.element_size()
+            if phase:
+                self.second_phase_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
     def count_symbols(self, counts: Tensor) -> None:

@@ -223,9 +223,9 @@ class QGenXCompressor:
             process_set: the ranks to exchange with, if they are not all; must be the optimizer's.
             nonfinite: what a gradient with NaN or infinity does: "nan" makes that parameter's mean NaN on all ranks,
                 with a warning; "raise" raises FloatingPointError on all ranks.
-            statistics: what adaptive levels are fitted to: "histogram" of the magnitudes (no model; ranks share 8,320
+            statistics: what adaptive levels are fitted to: "histogram" of the magnitudes (no model; ranks share 8,448
                 bytes each at an adaptation), or the "normal" distribution with their moments, cut off outside [-1, 1]
-                (the paper's form, 112 bytes); neither grows with the gradient.
+                (the paper's form, 176 bytes); neither grows with the gradient.
             rate_weight: lambda of the objective that adaptive levels minimise, relative variance + lambda * bits per
                 coordinate; 0 is the paper's, 2 ln(2) times the relative variance a good start. See ``Levels.fitted``.
             name: by which ranks know it; needed only if they use several compressors, and not all ranks the same ones.
@@ -409,7 +409,9 @@ class QGenXCompressor:
             raise refusal
         fused = exchange.fuse(batch.tensors())
         exchange.adapt_if_due(fused)
-        arrived = exchange.start_allgather(fused, "step", first=batch.first).arrived
+        flight = exchange.start_allgather(fused, "step", first=batch.first)
+        arrived = flight.arrived
+        exchange.watch([flight], "step")
         with self._communication.measure("decode"):
             broken = arrived.decode_in_order(batch.targets(), factor)
         for kept, is_broken in zip(batch.calls, broken, strict=False):

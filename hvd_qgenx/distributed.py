@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import horovod.torch as hvd
 import torch
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from hvd_qgenx.checks import (
 )
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.compression import Compression
-from hvd_qgenx.compressor import NoneCompressor, QGenXCompressor
+from hvd_qgenx.compressor import NoneCompressor, QGenXCompressor, check_horovod
 from hvd_qgenx.exchange import (
     PLANS,
     AheadExchange,
@@ -46,10 +45,14 @@ from hvd_qgenx.identity import Identity, identify
 from hvd_qgenx.overlap import PART_BYTES, Overlap
 from hvd_qgenx.rows import exchange_rows
 from hvd_qgenx.transports import Transport
-from hvd_qgenx.transports.horovod import HorovodTransport, Hosts, hosts_of
+
+if TYPE_CHECKING:
+    from hvd_qgenx.transports.horovod import Hosts
 
 EXCHANGES = ("auto", *PLANS)
-_MEMORY = "hvd_qgenx"
+AVERAGE, SUM = 0, 1  # as Horovod numbers hvd.Average and hvd.Sum, which need it installed
+_HOROVODS_MODULE = "horovod.torch.optimizer"
+_MEMORY, _WORLD = "hvd_qgenx", "world"
 
 
 class _Materialising(OptimizerView):
@@ -98,12 +101,12 @@ class DistributedOptimizer(_Materialising):
         compression: ``Compression.none``, ``.fp16``, ``.qgenx(...)``, ``.auto``, or any compressor of Horovod's.
         backward_passes_per_step: with ``overlap``, how many backwards precede a half-step: the last of them sends.
             Without, gradients accumulate in ``p.grad`` and are exchanged in the half-step whatever their number.
-        op: ``hvd.Average`` or ``hvd.Sum``.
+        op: ``hvd.Average`` or ``hvd.Sum``; where Horovod is not installed, their numbers 0 and 1.
         gradient_predivide_factor: splits the division before and after the sum, where a sum travels (none, fp16).
         num_groups, groups: accepted as Horovod's; all parameters travel in one message anyway.
         sparse_as_dense: a sparse gradient is exchanged as a dense one. Else its rows travel as they are, uncoded; then
             it must be sparse on all ranks, or absent.
-        process_set: the ranks that take part; on others every step is local.
+        process_set: Horovod's, the ranks that take part, None for all; on others every step is local.
         exchange: of coded gradients: "allgather" of all ranks' payloads, "two_phase" (shards to their owners, means
             back), or "auto", which lets all ranks choose one of them and a part size before the first exchange, by a
             measurement of less than a second; small networks, and ``QGenX``, have no choice and measure nothing. What
@@ -121,6 +124,8 @@ class DistributedOptimizer(_Materialising):
             what HVD_QGENX_TIMEOUT says, or half an hour.
         check_replicas: after every so many steps ranks compare hashes of all parameters, and raise where they differ,
             naming the ranks and the first such parameter; 0 never.
+        process_group: torch.distributed's, in place of a process set: Horovod is then not used, and need not be
+            installed. ``torch.distributed.group.WORLD`` is all ranks. Not with ``overlap`` or ``hierarchical``.
 
     Raises:
         ValueError: naming the argument and what is allowed.
@@ -137,23 +142,25 @@ class DistributedOptimizer(_Materialising):
         named_parameters: Iterable | None = None,
         compression=Compression.none,
         backward_passes_per_step: int = 1,
-        op=hvd.Average,
+        op=AVERAGE,
         gradient_predivide_factor: float = 1.0,
         num_groups: int = 0,
         groups=None,
         sparse_as_dense: bool = False,
-        process_set=hvd.global_process_set,
+        process_set=None,
         exchange: str = "auto",
         overlap: bool = False,
         hierarchical: bool | tuple = False,
         name: str | None = None,
         timeout: float | None = None,
         check_replicas: int = 0,
+        process_group=None,
     ):
         check_no_stock(self)
         _check_optimizer(optimizer)
         super().__init__(optimizer)
-        check_process_set(process_set)
+        if process_set is not None:
+            check_process_set(process_set)
         check_type("sparse_as_dense", sparse_as_dense, bool)
         check_type("overlap", overlap, bool)
         check_integer("backward_passes_per_step", backward_passes_per_step, 1)
@@ -164,9 +171,12 @@ class DistributedOptimizer(_Materialising):
         self.sparse_as_dense, self.name, self.check_replicas = sparse_as_dense, check_name(name), check_replicas
         self._names = _names(self, named_parameters)
         self._passes = backward_passes_per_step
-        # By no object, so that a copy means all ranks wherever it is made.
-        ranks = None if process_set is hvd.global_process_set else process_set
-        self._how = _How(compression, ranks, op, gradient_predivide_factor, exchange, overlap, hierarchical, timeout)
+        if process_group is not None and (overlap or hierarchical is not False or process_set is not None):
+            raise ValueError("process_group goes without process_set, overlap and hierarchical, which need Horovod")
+        self._how = _How(
+            compression, _unless_all(process_set), _unless_world(process_group), op, gradient_predivide_factor,
+            exchange, overlap, hierarchical, timeout,
+        )  # fmt: skip
         self._inherited: dict | None = None
         self._start_over()
         self._connect()
@@ -175,7 +185,7 @@ class DistributedOptimizer(_Materialising):
         """What an optimizer has that is new, or a copy."""
         self._made: Exchange | None = None
         self._should_synchronize, self._synchronized, self._placeholder = True, False, False
-        self.__module__ = hvd.DistributedOptimizer.__module__  # see _Materialising
+        self.__module__ = _HOROVODS_MODULE  # see _Materialising
 
     def __getstate__(self) -> dict:
         """All that a copy takes along; it connects with other ranks when it first needs them."""
@@ -193,7 +203,6 @@ class DistributedOptimizer(_Materialising):
 
     def _connect(self, communication: Communication | None = None) -> None:
         """Makes the exchange, by which this optimizer meets those of other ranks."""
-        _check_started()
         self._made = self._how.make(self.optimizer, communication)
         self._epoch = self._made.transport.epoch
         self._overlap = Overlap(self._start_part, self._passes)
@@ -559,6 +568,7 @@ class _How:
 
     compression: Any
     process_set: Any
+    process_group: Any
     op: Any
     predivide: float
     plan: str
@@ -569,13 +579,12 @@ class _How:
     def make(self, optimizer: torch.optim.Optimizer, communication: Communication | None = None) -> Exchange:
         # What needs every rank's own vector has it whole in one message.
         wants_own = hasattr(optimizer, "squared_difference")
-        process_set = hvd.global_process_set if self.process_set is None else self.process_set
-        hosts = _hosts(self.hierarchical, optimizer, self.compression, process_set)
+        transport = _make_transport(self.process_set, self.process_group, self.timeout)
+        hosts = _hosts(self.hierarchical, optimizer, self.compression, transport)
         if hosts is not None and communication is not None:
             raise ValueError(
                 "hierarchical=True cannot follow ranks that come and go: its process sets are gone with them"
             )
-        transport = HorovodTransport(process_set, self.timeout)
         return _make_exchange(
             self.compression, transport, self.op, self.predivide, self.plan, wants_own, self.overlap, hosts,
             communication,
@@ -594,18 +603,41 @@ def _wants_sparse(optimizer: torch.optim.Optimizer) -> bool:
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     check_type("optimizer", optimizer, torch.optim.Optimizer)
-    if getattr(optimizer, "__module__", None) == hvd.DistributedOptimizer.__module__:
+    if getattr(optimizer, "__module__", None) == _HOROVODS_MODULE:
         raise ValueError("optimizer must not be distributed already: its gradients would be averaged twice")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("optimizer must not be LBFGS: each rank's own loss would decide how often it evaluates")
 
 
-def _check_started() -> None:
-    if not hvd.is_initialized():
-        raise RuntimeError("Horovod is not initialized: call horovod.torch.init() first")
+def _unless_all(process_set):
+    """None for all ranks: by no object, so that a copy means all ranks wherever it is made."""
+    return None if getattr(process_set, "process_set_id", None) == 0 else process_set
 
 
-def _hosts(hierarchical, optimizer: torch.optim.Optimizer, compression, process_set) -> Hosts | None:
+def _unless_world(process_group):
+    """The word of it for all ranks, which can be copied."""
+    if process_group is None:
+        return None
+    from hvd_qgenx.transports.torch_distributed import is_world
+
+    return _WORLD if is_world(process_group) else process_group
+
+
+def _make_transport(process_set, process_group, timeout: float | None) -> Transport:
+    """Torch's, if its group is given, or Horovod's; whose ranks must be connected."""
+    if process_group is not None:
+        from hvd_qgenx.transports.torch_distributed import TorchTransport
+
+        return TorchTransport(None if process_group == _WORLD else process_group, timeout)
+    check_horovod()
+    from hvd_qgenx.transports.horovod import HorovodTransport
+
+    transport = HorovodTransport(process_set, timeout)
+    transport.check_started()
+    return transport
+
+
+def _hosts(hierarchical, optimizer: torch.optim.Optimizer, compression, transport) -> Hosts | None:
     """The hosts of a hierarchical exchange; None without, and on ranks that take no part."""
     if hierarchical is False:
         return None
@@ -616,17 +648,19 @@ def _hosts(hierarchical, optimizer: torch.optim.Optimizer, compression, process_
         raise ValueError("hierarchical needs Compression.qgenx; for none and fp16 see HOROVOD_HIERARCHICAL_ALLREDUCE")
     if hasattr(optimizer, "squared_difference"):
         raise ValueError("hierarchical is not for QGenX, whose step size needs every rank's own vector")
-    return hosts_of(process_set, hierarchical if is_pair else None)
+    from hvd_qgenx.transports.horovod import hosts_of
+
+    return hosts_of(transport.process_set, hierarchical if is_pair else None)
 
 
 def _make_exchange(
-    compression, transport: HorovodTransport, op, predivide: float, plan: str, wants_own: bool, overlap: bool,
-    hosts: Hosts | None, communication: Communication | None = None,
+    compression, transport, op, predivide: float, plan: str, wants_own: bool, overlap: bool, hosts: Hosts | None,
+    communication: Communication | None = None,
 ) -> Exchange:  # fmt: skip
     if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
         raise ValueError(f"compression must be one of Compression's or a compressor of Horovod's, got {compression!r}")
     own = getattr(compression, "process_set", None)
-    if own is not None and own.ranks != transport.process_set.ranks:
+    if own is not None and own.ranks != getattr(getattr(transport, "process_set", None), "ranks", None):
         raise ValueError("process_set must be the same for the optimizer and its compression, or be left to the first")
     operation = _operation(op)
     if transport.size == 1:
@@ -671,14 +705,14 @@ def _make_hierarchical(
 
 
 def _operation(op) -> str:
-    if op not in (hvd.Average, hvd.Sum):
+    if op not in (AVERAGE, SUM):
         raise ValueError("op must be hvd.Average or hvd.Sum: no other is defined for what is exchanged here")
-    return "mean" if op == hvd.Average else "sum"
+    return "mean" if op == AVERAGE else "sum"
 
 
 def _check_predivide(factor: float, op) -> None:
     check_positive("gradient_predivide_factor", factor)
-    if factor != 1.0 and op != hvd.Average:
+    if factor != 1.0 and op != AVERAGE:
         raise ValueError("gradient_predivide_factor must be 1 unless op is hvd.Average")
 
 

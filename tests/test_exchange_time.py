@@ -51,7 +51,7 @@ def test_plain_lists_are_what_their_names_say():
 
 @pytest.mark.parametrize("model", ["", "resnet", "vector", "vector:", "vector:x", "equal:3", "resnet50:2"])
 def test_a_model_that_is_none_is_refused_in_one_sentence(model):
-    with pytest.raises(SystemExit, match="model must be wgan:WIDTH, resnet50, vector:N or equal:COUNTxN"):
+    with pytest.raises(SystemExit, match="model must be wgan:WIDTH, resnet50, vector:N, matrix:NxM or equal:COUNTxN"):
         shapes.shapes_of(model)
 
 

@@ -43,11 +43,13 @@ ROOMS = [
     "backends",
     "codec",
     "adaptation",
+    "drift",
     "communication",
     "transports",
     "transports.waiting",
     "transports.hosts",
     "transports.horovod",
+    "transports.torch_distributed",
     "exchange.message",
     "exchange.agreement",
     "exchange.exchange",
@@ -60,6 +62,7 @@ ROOMS = [
     "exchange.dense",
     "exchange.coded",
     "exchange.ahead",
+    "exchange.streamed",
     "exchange.hierarchical",
     "exchange.automatic",
     "exchange",
@@ -76,9 +79,12 @@ ROOMS = [
     "overlap",
     "distributed",
     "elastic",
+    "ddp",
 ]
 #: The rooms that know Horovod.
-HOROVODS = {"transports.horovod", "compressor", "distributed", "elastic"}
+HOROVODS = {"transports.horovod", "compressor", "elastic"}
+#: The rooms that know torch.distributed.
+TORCHS = {"transports.torch_distributed", "ddp"}
 
 
 def _path(room: str) -> Path:
@@ -113,9 +119,10 @@ def test_a_room_imports_only_rooms_before_it(room):
             assert ROOMS.index(module.removeprefix("hvd_qgenx.")) < ROOMS.index(room), f"{room} imports {module}"
 
 
-def test_only_four_rooms_import_horovod():
-    users = {room for room in ROOMS for module in _imports(room) if module.split(".")[0] == "horovod"}
-    assert users == HOROVODS
+@pytest.mark.parametrize(("framework", "rooms"), [("horovod", HOROVODS), ("torch.distributed", TORCHS)])
+def test_only_a_few_rooms_import_a_framework(framework, rooms):
+    users = {room for room in ROOMS for module in _imports(room) if f"{module}.".startswith(f"{framework}.")}
+    assert users == rooms
 
 
 def test_nothing_of_horovods_arrives_through_another_room():
@@ -135,7 +142,7 @@ def _home(value) -> str:
 def test_the_exchange_and_the_transports_meet_in_the_protocol_alone(room):
     others = {module.removeprefix("hvd_qgenx.") for module in _imports(room) if module.startswith("hvd_qgenx.")}
     if room.startswith("exchange"):
-        assert "transports.horovod" not in others
+        assert not others & {"transports.horovod", "transports.torch_distributed"}
     else:
         assert others <= {"transports", "transports.hosts", "transports.waiting"}
 
@@ -143,12 +150,18 @@ def test_the_exchange_and_the_transports_meet_in_the_protocol_alone(room):
 WITHOUT_HOROVOD = """
 import sys
 sys.modules["horovod"] = None
-import torch, hvd_qgenx
+import torch, hvd_qgenx, hvd_qgenx.ddp
 codec = hvd_qgenx.Codec(hvd_qgenx.Levels.uniform(4))
 codec.decode_mean([codec.encode(torch.ones(5), hvd_qgenx.Key(0, 0, 0))])
 hvd_qgenx.ExtraAdam([torch.zeros(1, requires_grad=True)])
 compression = hvd_qgenx.Compression.qgenx(bits=4)
-for use in (lambda: hvd_qgenx.DistributedOptimizer, lambda: compression.compress(torch.ones(3))):
+optimizer = hvd_qgenx.ExtraSGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+try:
+    hvd_qgenx.DistributedOptimizer(optimizer, process_group=object())
+    raise SystemExit("no error")
+except RuntimeError as error:
+    assert "call torch.distributed.init_process_group() first" in str(error), error
+for use in (lambda: hvd_qgenx.DistributedOptimizer(optimizer), lambda: compression.compress(torch.ones(3))):
     try:
         use()
         raise SystemExit("no error")

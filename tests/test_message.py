@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hvd_qgenx.drift import Sums
 from hvd_qgenx.exchange.message import (
     ENVELOPE_BYTES,
     DisagreementError,
@@ -35,7 +36,8 @@ def _message(envelope, body):
 def test_messages_of_any_length_are_found_again(lengths):
     bodies = [torch.randint(0, 256, (length,), dtype=torch.uint8) for length in lengths]
     envelopes = [
-        Envelope(1, step, "extrapolation", step / 3, first=7, part=4095, phase=1) for step in range(len(lengths))
+        Envelope(1, step, "extrapolation", step / 3, 7, 4095, 1, Sums(step / 7, 1e300, (0, 1, 2**40, step), 5e-324))
+        for step in range(len(lengths))
     ]
     messages = [_message(envelope, body) for envelope, body in zip(envelopes, bodies, strict=True)]
     assert [len(message) for message in messages] == [size_class(ENVELOPE_BYTES + length) for length in lengths]
@@ -52,15 +54,22 @@ def test_padding_holds_nothing_of_an_earlier_message():
 ENVELOPE = Envelope(1, 2, "step", 0.5, 3, 4, 0)
 
 
-@pytest.mark.parametrize("place", [*range(8), 15])
-def test_a_damaged_envelope_is_refused_and_never_split_for_ever(place):
-    """Magic, version, stage, and the length from its lowest to its highest byte."""
+@pytest.mark.parametrize("flip", [1, 0x80, 0xFF])
+@pytest.mark.parametrize("place", range(ENVELOPE_BYTES))
+def test_a_damaged_envelope_is_refused_by_the_name_of_its_rank(place, flip):
+    """Every byte of it: magic, version, stage, lengths, numbers, sums and the checksum itself."""
     good = _message(ENVELOPE, torch.zeros(50, dtype=torch.uint8))
     bad = good.clone()
-    bad[place] ^= 0xFF
-    with pytest.raises(DisagreementError, match="rank 1"):
-        envelopes, _ = split(torch.cat((good, bad)))
-        compare(envelopes, [0, 1])
+    bad[place] ^= flip
+    wanted = "rank 1 speaks another language" if place < 6 else "the envelope of rank 1 is damaged"
+    with pytest.raises(DisagreementError, match=wanted):
+        split(torch.cat((good, bad, good)))
+
+
+def test_an_envelope_whose_checksum_is_right_may_still_not_claim_what_is_not_there():
+    short = seal(ENVELOPE, room_for(1000), 1000)[: ENVELOPE_BYTES + 10]
+    with pytest.raises(DisagreementError, match="the envelope of rank 0 is damaged: stage 0, 1112 bytes"):
+        split(short)
 
 
 @pytest.mark.parametrize("length", [8, ENVELOPE_BYTES, 1000])
@@ -72,7 +81,7 @@ def test_bytes_of_a_stranger_are_refused(length):
 def test_another_version_is_named():
     message = _message(ENVELOPE, torch.zeros(50, dtype=torch.uint8))
     message[4] = 9
-    with pytest.raises(DisagreementError, match=r"version 9, this library's .* version 1; install one version"):
+    with pytest.raises(DisagreementError, match=r"version 9, this library's .* version 2; install one version"):
         split(message)
 
 

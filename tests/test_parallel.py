@@ -19,6 +19,7 @@ RUNS = [
     ("gloo", 3, "check_habits.py"),
     ("gloo", 2, "check_habits.py"),
     ("gloo", 3, "check_adaptation.py"),
+    ("gloo", 2, "check_drift.py"),
     ("gloo", 3, "check_plans.py"),
     ("mpi", 2, "check_plans.py"),
     ("gloo", 3, "check_overlap.py"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hvd_qgenx import Codec, Key, Levels, PayloadError
 from hvd_qgenx.backends.specification.payload import crc32c
 from hvd_qgenx.codebook import CODERS
+from hvd_qgenx.exchange.allgather import Arrived
 from hvd_qgenx.payload import VERSION
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -160,3 +161,15 @@ def test_a_number_of_levels_that_is_not_the_decoders_is_refused():
     data[9] = 200
     with pytest.raises(PayloadError, match="num_levels is 200"):
         codec.decode_mean([_signed(bytes(data))])
+
+
+def test_what_a_peer_says_of_sizes_is_not_believed_where_they_are_known():
+    """A few kB of buckets without code may ask for ten thousand times as much."""
+    codec = Codec(Levels.uniform(4), bucket_size=16384)
+    payload = codec.encode(torch.zeros(10**6), Key(0, 0, 0), sizes=(10**6 - 5, 5), inline=False)
+    assert len(payload) < 10**3
+    arrived = Arrived(codec, [], [payload, payload], [0, 1])
+    assert arrived.common_sizes((10**6 - 5, 5)) == (10**6 - 5, 5)
+    for known in ((10**6, 5), (10**6 - 5,), (0, 0)):
+        with pytest.raises(PayloadError, match="sizes are .999995, 5., expected"):
+            arrived.common_sizes(known)

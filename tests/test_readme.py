@@ -17,6 +17,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
         ("docs/speed.md", "codec_speed", ""),
         ("docs/levels.md", "staleness", ""),
         ("docs/levels.md", "levels_table", ""),
+        ("docs/levels.md", "drills", ""),
         ("docs/exchange.md", "two_phase_error", ""),
         ("docs/exchange.md", "exchange_memory", ""),
         ("docs/exchange.md", "exchange_time", ""),

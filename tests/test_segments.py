@@ -343,3 +343,31 @@ def test_a_sum_beyond_float32_is_broken_and_one_that_may_be_but_is_not_is_not(pa
     assert codec.decode_sections(payloads, targets) == (True, False)
     with backends.force("specification"):
         assert codec.decode_sections(payloads, _targets(((40,), (16,)))) == (True, False)
+
+
+ONE_LACKS_ONE = """
+import resource, sys, torch
+from hvd_qgenx import Codec, Key, Levels
+torch.set_num_threads(1)
+codec, ranks, sizes = Codec(Levels.uniform(4)), 8, [1000, 4 * 2**20]
+payloads = []
+for rank in range(ranks):
+    own = [0 if rank == 3 and sys.argv[1] == "lacks" else sizes[0], sizes[1]]
+    vector = torch.randn(sum(own), generator=torch.Generator().manual_seed(rank))
+    payloads.append(codec.encode(vector, Key(0, rank, 0), sizes=own))
+targets = [torch.ones(size) for size in sizes]
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+codec.decode_sections(payloads, targets)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["all", "lacks"])
+def test_a_section_that_one_rank_lacks_makes_no_vector_of_the_others(who):
+    """16 MB a vector, 8 ranks: what decoding needs beside the targets is its scratch."""
+    done = subprocess.run([sys.executable, "-c", ONE_LACKS_ONE, who], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 4000, "kB"

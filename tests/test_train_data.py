@@ -26,8 +26,8 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def one_rank():
-    data.hvd.init()
-    if data.hvd.size() != 1:
+    data.launch.start()
+    if data.launch.size() != 1:
         pytest.skip("a test of one process")
 
 
@@ -249,10 +249,10 @@ def test_a_failure_on_one_host_moves_all_ranks_to_the_next_source(one_rank, monk
     counted(monkeypatch, "cifar10", numbered_images(5), "cifar10-torchvision")
     other = {"train.data.cifar10": "no route", "train.data.npm": "no npm", "train.data.digits": None}
 
-    def allgather_object(mine, name):
+    def gather(mine, name):
         return [mine, ("other-host", None if other[name] else "path", other[name])]
 
-    monkeypatch.setattr(data.hvd, "allgather_object", allgather_object)
+    monkeypatch.setattr(data.launch, "gather", gather)
     counted(monkeypatch, "npm", numbered_images(5), "cifar10-npm")
     assert data.load_images("auto")[1] == "digits"
 

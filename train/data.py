@@ -23,7 +23,7 @@ import threading
 import time
 from pathlib import Path
 
-import horovod.torch as hvd
+import launch
 import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
@@ -58,9 +58,9 @@ def load_images(choice: str = "auto", patience: float = PATIENCE) -> tuple[np.nd
     """
     reasons = []
     for source in CHOICES[choice]:
-        answer = attempt(source, patience) if hvd.local_rank() == 0 else (None, None)
+        answer = attempt(source, patience) if launch.local_rank() == 0 else (None, None)
         # One rank's failure must be everybody's: a rank that left alone would leave the others waiting for it.
-        answers = hvd.allgather_object((socket.gethostname(), *answer), name=f"train.data.{source}")
+        answers = launch.gather((socket.gethostname(), *answer), name=f"train.data.{source}")
         failures = [reason for _, _, reason in answers if reason]
         if not failures:
             images, origin = open_array(answer[0] or path_on_this_host(answers))
@@ -82,7 +82,7 @@ def open_array(path: str) -> tuple[np.ndarray, str]:
 
 
 def announce(text: str) -> None:
-    if hvd.rank() == 0:
+    if launch.rank() == 0:
         print(text, flush=True)
 
 
@@ -337,7 +337,7 @@ OPERATOR_NAMES = torch.library.Library("torchvision", "FRAGMENT")  # the names l
 
 
 if __name__ == "__main__":
-    hvd.init()
+    launch.start()
     try:
         images, origin = load_images(*sys.argv[1:2])
     except KeyError:

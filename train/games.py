@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import horovod.torch as hvd
+import launch
 import numpy as np
 import torch
 from job import MOST_SEED, check_replicas, open_folder, positive, progress_bar, random_stream, run, whole
@@ -85,7 +85,8 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def wrap(flags: argparse.Namespace, x: torch.nn.Parameter) -> hvd_qgenx.DistributedOptimizer:
     rule = METHODS[flags.method]([x], flags.scale)
-    return hvd_qgenx.DistributedOptimizer(rule, [("x", x)], compression=COMPRESSIONS[flags.compression](flags.seed))
+    compression = COMPRESSIONS[flags.compression](flags.seed)
+    return hvd_qgenx.DistributedOptimizer(rule, [("x", x)], compression=compression, **launch.optimizer_options())
 
 
 def play(problem, x: torch.nn.Parameter, opt, oracle: Callable[[Tensor], Tensor], iterations: int) -> Iterator:
@@ -111,15 +112,14 @@ def train(flags: argparse.Namespace) -> None:
     problem = make(flags.game, flags.dimension, seed=flags.seed)
     x = torch.nn.Parameter(problem.start.float())
     opt = wrap(flags, x)
-    hvd.broadcast_parameters({"x": x}, root_rank=0)
-    hvd.broadcast_optimizer_state(opt, root_rank=0)
-    random = random_stream(flags.seed, hvd.rank(), 0, "cpu")
+    launch.copy_from_first({"x": x}, opt)
+    random = random_stream(flags.seed, launch.rank(), 0, "cpu")
 
     def oracle(x: Tensor) -> Tensor:
         return add_noise(problem.operator(x.detach().double()), flags.noise, flags.noise_size, random).float()
 
     folder = flags.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{flags.game}"
-    open_folder(folder, {**vars(flags), "out": str(folder), "world_size": hvd.size(), "coordinates": x.numel()})
+    open_folder(folder, {**vars(flags), "out": str(folder), "world_size": launch.size(), "coordinates": x.numel()})
     start, bar, rows, outcome = time.monotonic(), progress_bar(flags.iterations), [], "Finished"
     limit = DIVERGED * max(1.0, float(problem.start.norm()))
     try:
@@ -153,7 +153,7 @@ def measure(problem, t: int, x: Tensor, average: Tensor, opt) -> dict:
 
 
 def write_row(folder: Path, bar, row: dict) -> None:
-    if hvd.rank() == 0:
+    if launch.rank() == 0:
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         bar.set_postfix_str(
@@ -173,7 +173,7 @@ def slope(iterations: list[int], gaps: list[float], octaves: int = 5) -> float |
 
 def finish(folder: Path, bar, outcome: str, rows: list[dict], seconds: float, opt) -> None:
     """Writes summary.json and the picture, then prints the summary as the last line."""
-    if hvd.rank() != 0:
+    if launch.rank() != 0:
         return
     bar.close()
     last = rows[-1] if rows else {"iteration": 0, "gap": math.nan}

@@ -1,4 +1,4 @@
-"""What every run under horovodrun does alike: flags, own random numbers on each rank, replicas compared, progress in
+"""What every run on several ranks does alike: flags, own random numbers on each rank, replicas compared, progress in
 whole lines, a folder, Ctrl-C, errors in one sentence.
 """
 
@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import horovod.torch as hvd
+import launch
 import numpy as np
 import torch
-from horovod.common.exceptions import HorovodInternalError
 from tqdm import tqdm
 
 
@@ -61,18 +60,18 @@ def random_stream(seed: int, rank: int, purpose: int, device: str) -> torch.Gene
     return torch.Generator(device).manual_seed(int(word))
 
 
-def replica_hash(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """sha256 of the bytes of all tensors in order: uint8 of shape (1, 32)."""
+def replica_hash(tensors: list[torch.Tensor]) -> str:
+    """sha256 of the bytes of all tensors in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy())
-    return torch.tensor([list(digest.digest())], dtype=torch.uint8)
+    return digest.hexdigest()
 
 
 def check_replicas(tensors: list[torch.Tensor], iteration: int) -> None:
     """Raises TrainingError on all ranks, naming those whose tensors are not bit for bit those of rank 0."""
-    hashes = hvd.allgather(replica_hash(tensors), name="train.replicas")
-    different = [str(rank) for rank in range(len(hashes)) if not torch.equal(hashes[rank], hashes[0])]
+    hashes = launch.gather(replica_hash(tensors), name="train.replicas")
+    different = [str(rank) for rank, other in enumerate(hashes) if other != hashes[0]]
     if different:
         raise TrainingError(
             f"After iteration {iteration} the parameters of rank {', '.join(different)} differ from those of rank 0."
@@ -96,7 +95,7 @@ def progress_bar(total: int) -> tqdm:
     """Shown by rank 0 alone."""
     return tqdm(
         total=total,
-        disable=hvd.rank() != 0,
+        disable=launch.rank() != 0,
         mininterval=5,
         miniters=1,
         ascii=True,
@@ -107,8 +106,8 @@ def progress_bar(total: int) -> tqdm:
 
 def open_folder(folder: Path, config: dict) -> None:
     """Rank 0 creates the folder with config.json. Raises TrainingError on all ranks if that is not possible."""
-    problem = _create(folder, config) if hvd.rank() == 0 else None
-    if problem := hvd.broadcast_object(problem, 0, name="train.folder"):
+    problem = _create(folder, config) if launch.rank() == 0 else None
+    if problem := launch.share(problem, name="train.folder"):
         raise TrainingError(problem)
 
 
@@ -131,17 +130,17 @@ def stop(signal_number, frame) -> None:
 
 
 def run(train: Callable[[], None], script: str, *expected: type[Exception]) -> int:
-    """Runs `train` between hvd.init() and the exit code that it returns; Ctrl-C is a clean end.
+    """Runs `train` between the start of the ranks and the exit code that it returns; Ctrl-C is a clean end.
 
     TrainingError, and what else is `expected`, ends all ranks with its one sentence.
     """
-    hvd.init()
+    launch.start()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
         try:
             train()
-        except HorovodInternalError:
+        except launch.other_rank_left():
             # Another rank left. If Ctrl-C was the reason, this rank's own signal is on its way.
             time.sleep(2)
             raise

@@ -3,6 +3,8 @@
 On one machine, 3 processes, about 4 minutes on 2 cores:
     horovodrun -np 3 python train/wgan.py
     horovodrun -np 3 python train/wgan.py --compression none         # or fp16, fixed8, fixed4, qgenx
+By torchrun, without Horovod, it is the same run:
+    torchrun --nproc-per-node 3 train/wgan.py
 The full experiment on three machines that can reach each other by ssh:
     horovodrun -np 3 -H node1:1,node2:1,node3:1 python train/wgan.py --preset paper --device cuda
 
@@ -25,8 +27,7 @@ import sys
 import time
 from pathlib import Path
 
-import horovod
-import horovod.torch as hvd
+import launch
 import numpy as np
 import torch
 from data import CHOICES, SourceError, load_images, minibatches
@@ -142,7 +143,7 @@ class Log:
 
     def __init__(self, flags: argparse.Namespace, config: dict):
         self.folder = flags.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{flags.compression}"
-        self.active = hvd.rank() == 0
+        self.active = launch.rank() == 0
         self.last = {"iteration": 0, "seconds": 0.0}
         self.start = time.monotonic()
         open_folder(self.folder, config)
@@ -187,8 +188,8 @@ def describe(flags: argparse.Namespace, origin: str, game: hvd_qgenx.Game) -> di
     """What config.json says: every flag, and all else that is needed to repeat the run."""
     return {
         **{name: str(value) if isinstance(value, Path) else value for name, value in vars(flags).items()},
-        "world_size": hvd.size(),
-        "batch_per_rank": flags.batch // hvd.size(),
+        "world_size": launch.size(),
+        "batch_per_rank": flags.batch // launch.size(),
         "betas": BETAS,
         "images": origin,
         "parameters": {name: count_parameters(network) for name, network in game.items()},
@@ -197,7 +198,7 @@ def describe(flags: argparse.Namespace, origin: str, game: hvd_qgenx.Game) -> di
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
-            "horovod": horovod.__version__,
+            **({} if launch.by_torchrun() else {"horovod": launch.horovod().__version__}),
             "hvd_qgenx": hvd_qgenx.__version__,
         },
     }
@@ -207,14 +208,16 @@ def describe(flags: argparse.Namespace, origin: str, game: hvd_qgenx.Game) -> di
 
 
 def train(flags: argparse.Namespace) -> None:
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // hvd.local_size()))
+    if launch.rank() == 0:
+        print(launch.describe(), flush=True)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size()))
     if flags.device == "cuda":
-        torch.cuda.set_device(hvd.local_rank())
+        torch.cuda.set_device(launch.local_rank())
         hvd_qgenx.Compression.qgenx(device="cuda")  # asks for this process: its gradients are coded where they are
-    if flags.batch < hvd.size():
-        raise TrainingError(f"--batch {flags.batch} is too small: each of the {hvd.size()} ranks needs an image.")
+    if flags.batch < launch.size():
+        raise TrainingError(f"--batch {flags.batch} is too small: each of the {launch.size()} ranks needs an image.")
     images, origin = load_images(flags.data)
-    batches = minibatches(images, flags.batch // hvd.size(), flags.seed, hvd.rank(), hvd.size())
+    batches = minibatches(images, flags.batch // launch.size(), flags.seed, launch.rank(), launch.size())
 
     torch.manual_seed(flags.seed)  # for the weights alone; whatever other ranks draw, rank 0's are broadcast
     game = hvd_qgenx.Game({"generator": Generator(flags.width, flags.latent), "critic": Critic(flags.width)})
@@ -231,12 +234,12 @@ def train(flags: argparse.Namespace) -> None:
         ),
         named_parameters=game.named_parameters(),
         compression=COMPRESSIONS[flags.compression](flags.seed),
+        **launch.optimizer_options(),
     )
-    hvd.broadcast_parameters(game.state_dict(), root_rank=0)
-    hvd.broadcast_optimizer_state(opt, root_rank=0)
+    launch.copy_from_first(game.state_dict(), opt)
     average.load_state_dict(generator.state_dict())
 
-    stream = random_stream(flags.seed, hvd.rank(), 0, flags.device)
+    stream = random_stream(flags.seed, launch.rank(), 0, flags.device)
     shown = torch.randn(
         SAMPLES, flags.latent, generator=random_stream(flags.seed, 0, 1, flags.device), device=flags.device
     )
@@ -261,7 +264,7 @@ def train(flags: argparse.Namespace) -> None:
     def log_row(iteration: int, losses: tuple[torch.Tensor, torch.Tensor]) -> float:
         """Logs the losses at x_{t+1/2} and what has been sent. Losses and seconds are averages over the ranks."""
         values = torch.stack([*losses, torch.tensor(log.seconds(), device=flags.device)])
-        *mean, seconds = hvd.allreduce(values.cpu(), name="train.log").tolist()
+        *mean, seconds = launch.mean(values.cpu(), name="train.log").tolist()
         if not all(map(math.isfinite, mean)):
             raise TrainingError(f"The losses are not finite at iteration {iteration}; lower the learning rates.")
         exchanged = 2 * iteration * count_parameters(game)

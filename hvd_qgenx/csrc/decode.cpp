@@ -94,7 +94,7 @@ struct Stream {
 
     /* A bucket whose values are all 0, or all NaN. */
     void add_all(float value, int n, float *out) const {
-        if (!add) std::fill(out, out + n, value); /* finished, it is the same */
+        if (!add) std::fill(out, out + n, finish.of(value)); /* by a factor below zero, 0 becomes -0 */
         if (add && (value != 0.0f || finish.is_needed()))
             for (int i = 0; i < n; i++) out[i] = finish.of(out[i] + value);
     }

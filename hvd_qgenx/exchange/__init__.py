@@ -8,6 +8,7 @@ from hvd_qgenx.exchange.dense import DenseExchange
 from hvd_qgenx.exchange.exchange import Alone, Collected, Exchange, Term
 from hvd_qgenx.exchange.hierarchical import HierarchicalExchange
 from hvd_qgenx.exchange.message import DisagreementError
+from hvd_qgenx.exchange.streamed import StreamedExchange
 
 __all__ = [
     "PLANS",
@@ -20,6 +21,7 @@ __all__ = [
     "DisagreementError",
     "Exchange",
     "HierarchicalExchange",
+    "StreamedExchange",
     "Term",
     "fingerprint",
 ]

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from hvd_qgenx.backends import Drawn
 from hvd_qgenx.codec import Codec
+from hvd_qgenx.drift import Sums
 from hvd_qgenx.exchange.message import ENVELOPE_BYTES, DisagreementError, Envelope, Messenger, compare, seal, split
 from hvd_qgenx.exchange.plan import Codecs, Flight, Outgoing, Plan
-from hvd_qgenx.payload import bound, peek
+from hvd_qgenx.payload import PayloadError, bound, peek
 from hvd_qgenx.transports import Pending
 
 
@@ -29,7 +30,7 @@ class Allgather(Plan):
             drawn = codec.encode_segments(outgoing.segments, outgoing.layout, outgoing.key, buffer[ENVELOPE_BYTES:])
         payload = buffer[ENVELOPE_BYTES : ENVELOPE_BYTES + drawn.size]
         term = outgoing.term(payload) if outgoing.term else 0.0
-        message = seal(replace(outgoing.envelope, term=term), buffer, drawn.size)
+        message = seal(replace(outgoing.envelope, term=term, sums=Sums.of(codec, drawn)), buffer, drawn.size)
         return AllgatherFlight(codec, self.messenger, self.messenger.start(message, part), drawn)
 
     def refuse(self, envelope: Envelope) -> None:
@@ -56,6 +57,12 @@ class AllgatherFlight(Flight):
 
     def terms(self) -> list[float]:
         return self.arrived.terms
+
+    def sums(self) -> list[Sums]:
+        return [envelope.sums for envelope in self.arrived.envelopes]
+
+    def coordinates(self) -> int:
+        return sum(map(sum, self.arrived.sizes))
 
     def collect(self, targets: Sequence[Tensor], factor: float) -> tuple[bool, ...]:
         arrived = self.arrived
@@ -102,12 +109,23 @@ class Arrived:
         """All ranks' terms, in rank order."""
         return [envelope.term for envelope in self.envelopes]
 
-    def common_sizes(self) -> tuple[int, ...]:
+    def common_sizes(self, known: Sequence[int] | None = None) -> tuple[int, ...]:
         """Coordinates of each section on the ranks that have it; 0 where no rank has it.
+
+        Args:
+            known: what these are where they are there, to be believed rather than a payload.
 
         Raises:
             DisagreementError: if two ranks have a section of different sizes, or different numbers of sections.
+            PayloadError: if they have others than those known.
         """
+        sizes = self._common_sizes()
+        if known is not None and not (len(sizes) == len(known) and all(map(_is_there_or_not, sizes, known))):
+            self._blame_payloads()
+            raise PayloadError(f"payload: sizes are {sizes[:8]}, expected {tuple(known[:8])}")
+        return sizes
+
+    def _common_sizes(self) -> tuple[int, ...]:
         if all(sizes == self.sizes[0] for sizes in self.sizes):
             return self.sizes[0]
         counts = {len(sizes) for sizes in self.sizes}
@@ -144,6 +162,10 @@ class Arrived:
             raise DisagreementError(f"ranks disagree on the coordinates of one tensor: {seen}")
         places = [[section] for section in sections]
         return spoil([target], self.codec.decode_sections(self.payloads, [target], places, factor))[0]
+
+
+def _is_there_or_not(size: int, known: int) -> bool:
+    return size in (0, known)
 
 
 def spoil(targets: Sequence[Tensor], broken: tuple[bool, ...]) -> tuple[bool, ...]:

@@ -14,6 +14,7 @@ from hvd_qgenx.adaptation import Settings, Statistics, fit
 from hvd_qgenx.backends import device_of
 from hvd_qgenx.codec import Codec, as_segment
 from hvd_qgenx.communication import Communication
+from hvd_qgenx.drift import Drift, Sums
 from hvd_qgenx.exchange.allgather import Allgather, AllgatherFlight, spoil
 from hvd_qgenx.exchange.cost import Way, Work, needs_no_measurement
 from hvd_qgenx.exchange.exchange import Collected, Exchange, Fused, Term, fuse
@@ -25,6 +26,7 @@ from hvd_qgenx.exchange.two_phase import TwoPhase, fine_bits
 from hvd_qgenx.key import Key
 from hvd_qgenx.layout import Part
 from hvd_qgenx.levels import Levels
+from hvd_qgenx.payload import PayloadError
 from hvd_qgenx.transports import Transport
 
 PLANS: dict[str, type[Plan]] = {"allgather": Allgather, "two_phase": TwoPhase}
@@ -76,6 +78,7 @@ class CodedExchange(Exchange):
         self.allgather = Allgather(self.messenger, self.buffers)
         self.version = 0
         self.next_fit_at = 0
+        self.drift = Drift()
         # The codec of means of shards, where the plan rounds twice; and whether it awaits a mean to be fitted to.
         self.mean_settings = _mean_settings(settings, transport.size)
         self.mean_codec = self.mean_settings.codec()
@@ -131,20 +134,35 @@ class CodedExchange(Exchange):
         super().adapt_if_due(fused, starts_iteration)
 
     def _is_due(self) -> bool:
-        """By the schedule, or because earlier gradients had nothing to fit to; then at ever longer intervals."""
+        """By the schedule, because gradients drifted, or because a state of other settings was loaded."""
         late = self.settings.levels == "adaptive" and self.version == 0 and 0 < self.next_fit_at <= self.iteration
-        return late or self.settings.adapts(self.iteration)
+        return late or self.drift.refit or self.settings.adapts(self.iteration)
 
     def _adapt(self, fused: Fused) -> None:
         layout, form = self.codec.layout(fused.sizes), self.settings.statistics
         message = Statistics.measure(self.codec, fused.segments, layout, form).to_message()
         _, bodies = self.messenger.gather(self.envelope("adaptation"), message.view(torch.uint8))
         parts = [Statistics.from_message(body.clone().view(torch.int64)) for body in bodies]
+        if self.version and not self.settings.adapts(self.iteration):
+            self.drift.take(self.iteration)
+        self.next_fit_at = 0
+        self.drift.wait()
         if fitted := fit(Statistics.merged(parts), self.settings.bits, self.settings.rate_weight):
             self._use(self.settings.codec(*fitted), self.version + 1)
+            self.drift.start()
             self._fits_mean = isinstance(self.plan, TwoPhase)
-        else:
-            self.next_fit_at = 2 * self.iteration + 1
+
+    def watch(self, flights: Sequence[Flight], stage: str) -> None:
+        """Looks at what all ranks' roundings came to, and asks for other levels at the next iteration if need be."""
+        if not self.settings.follows_drift:
+            return
+        kind = f"{stage} {sum(flight.coordinates() for flight in flights)}"
+        sums = Sums.total(sums for flight in flights for sums in flight.sums())
+        self.drift.observe(kind, sums, self.codec, self.iteration, self.version > 0)
+        if self.drift.refit_mean and isinstance(self.plan, TwoPhase):
+            self.drift.take(self.iteration)
+            self.drift.start_mean()
+            self._fits_mean = True
 
     def _adapt_mean(self, means: Sequence[Tensor]) -> None:
         """Fits the second codec to a mean that all ranks hold to the bit: nothing needs to be sent."""
@@ -233,10 +251,13 @@ class CodedExchange(Exchange):
             self._landed(flight)
         if self._fits_mean:
             self._adapt_mean(means)
+        # A rank without data does not know which half-step this is; those that have some say it to all alike.
+        stage = next((envelope.stage for envelope in envelopes if envelope.stage != "joined"), "joined")
+        self.watch(submitted.flights, stage)
         spoil(means, tuple(broken))
         self.report_broken(broken, names)
-        all_joined = all(envelope.stage == "joined" for envelope in envelopes)
-        return Collected([mean if mean.numel() else None for mean in means], submitted.flights[0].terms(), all_joined)
+        found = [mean if mean.numel() else None for mean in means]
+        return Collected(found, submitted.flights[0].terms(), stage == "joined")
 
     def refuse(self, starts_iteration: bool = True, whole: bool = False) -> None:
         comes_first = not self._agreed or (starts_iteration and self._is_due())  # an agreement, or statistics
@@ -263,9 +284,12 @@ class CodedExchange(Exchange):
         return float(self.transport.size) if self.op == "sum" else 1.0
 
     def _sections(self, payload: Tensor) -> list[Tensor]:
-        """What a payload decodes to."""
+        """What a payload of all tensors decodes to."""
         sizes = list(self.codec.parse(payload).layout.sizes)
-        return list(self.codec.decode_mean([payload]).split(sizes))
+        # Known here, so that no payload is believed that asks for more.
+        if sum(sizes) > sum(self.sizes):
+            raise PayloadError(f"payload: numel is {sum(sizes)}, of at most {sum(self.sizes)}")
+        return list(self.codec.decode_mean([payload], sum(sizes)).split(sizes))
 
     def last_as_received(self) -> list[Tensor | None] | None:
         if self.kept is None:
@@ -287,6 +311,8 @@ class CodedExchange(Exchange):
             "chosen": self.chosen,
             "version": self.version,
             "first_fit_at": self.next_fit_at,
+            "drift": self.drift.state_dict(),
+            "fits_mean": self._fits_mean,
             "levels": list(self.codec.levels.values),
             "counts": counts,
             "mean_levels": list(self.mean_codec.levels.values),
@@ -303,6 +329,10 @@ class CodedExchange(Exchange):
         if self._chooses and chosen and chosen["ranks"] == self.transport.size:
             self._use_plan(chosen["plan"], chosen["part_bytes"])
         self.next_fit_at = state["first_fit_at"]
+        self._fits_mean = state.get("fits_mean", False)  # this and drift earlier releases did not have
+        self.drift = Drift()
+        if "drift" in state:
+            self.drift.load_state_dict(state["drift"])
         self._use(_codec(self.settings, state["levels"], state["counts"]), state["version"])
         levels = state.get("mean_levels")  # which earlier releases did not have
         if levels and len(levels) == self.mean_codec.levels.num_levels + 1:

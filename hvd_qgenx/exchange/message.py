@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import struct
 import threading
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hvd_qgenx.communication import Communication
+from hvd_qgenx.drift import Sums
 from hvd_qgenx.identity import label_of
 from hvd_qgenx.transports import Pending, Transport
 from hvd_qgenx.transports.waiting import Watched
 
-MAGIC, VERSION = b"QGXM", 1
+MAGIC, VERSION = b"QGXM", 2
 STAGES = (
     "step", "extrapolation", "agreement", "state", "adaptation", "vectors", "refusal", "void", "measurement", "rows",
     "interrupted", "joined", "replicas",
@@ -24,7 +26,8 @@ STAGES = (
 # Lengths that change at every step would evict Horovod's response cache, so messages are padded to classes of this
 # many significant bits: 1.6 % more bytes at worst.
 _SIGNIFICANT_BITS = 6
-_ENVELOPE = struct.Struct("<4sHBBQQIIHxxxxxxd")
+_ENVELOPE = struct.Struct("<4sHBBQQIIHxxxxxxddd4Qdd")
+_CHECKSUM_AT, _CHECKSUM = 36, struct.Struct("<I")
 ENVELOPE_BYTES = _ENVELOPE.size
 
 
@@ -44,6 +47,7 @@ class Envelope:
         first: the call number of the first tensor (the drop-in's; see ``compressor``).
         part: of a vector that travels in parts.
         phase: of a plan that has two.
+        sums: of this rank's roundings, see ``drift``; in the message of a part that reaches all ranks.
     """
 
     number: int
@@ -53,14 +57,17 @@ class Envelope:
     first: int = 0
     part: int = 0
     phase: int = 0
+    sums: Sums = field(default=Sums())
 
     def pack_into(self, buffer: Tensor, size: int) -> None:
         """Writes the envelope to the start of ``buffer``, uint8, for a message of ``size`` bytes, itself included."""
-        head = _ENVELOPE.pack(
+        error, norm, groups, mean_error, mean_norm = self.sums
+        head = bytearray(_ENVELOPE.pack(
             MAGIC, VERSION, STAGES.index(self.stage), self.phase, size, self.step, self.number, self.first,
-            self.part, self.term,
-        )  # fmt: skip
-        buffer[:ENVELOPE_BYTES] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+            self.part, self.term, error, norm, *groups, mean_error, mean_norm,
+        ))  # fmt: skip
+        _CHECKSUM.pack_into(head, _CHECKSUM_AT, zlib.crc32(head))
+        buffer[:ENVELOPE_BYTES] = torch.frombuffer(head, dtype=torch.uint8)
 
     def __str__(self) -> str:
         return f"exchange {self.step} ({self.stage})"
@@ -90,16 +97,22 @@ def unseal(message: Tensor, rank: int) -> tuple[Envelope, Tensor, int]:
     """The envelope of a message that begins ``message``, its body, and all its bytes with the padding."""
     if len(message) < ENVELOPE_BYTES:
         raise DisagreementError(f"the message of rank {rank} has {len(message)} bytes, less than an envelope")
-    fields = _ENVELOPE.unpack(message[:ENVELOPE_BYTES].numpy().tobytes())
-    magic, version, stage, phase, size, step, number, first, part, term = fields
+    head = bytearray(message[:ENVELOPE_BYTES].numpy().tobytes())
+    magic, version, stage, phase, size, step, number, first, part, term, *sums = _ENVELOPE.unpack(head)
     if (magic, version) != (MAGIC, VERSION):
         raise DisagreementError(
             f"rank {rank} speaks another language: its message begins with {magic!r} version {version}, this "
             f"library's with {MAGIC!r} version {VERSION}; install one version of hvd_qgenx on all ranks"
         )
+    (checksum,) = _CHECKSUM.unpack_from(head, _CHECKSUM_AT)
+    _CHECKSUM.pack_into(head, _CHECKSUM_AT, 0)
+    if checksum != zlib.crc32(head):
+        raise DisagreementError(f"the envelope of rank {rank} is damaged: its checksum does not match its bytes")
     if stage >= len(STAGES) or not ENVELOPE_BYTES <= size <= len(message):
         raise DisagreementError(f"the envelope of rank {rank} is damaged: stage {stage}, {size} bytes")
-    envelope = Envelope(number, step, STAGES[stage], term, first, part, phase)
+    error, norm, *groups, mean_error, mean_norm = sums
+    drawn = Sums(error, norm, tuple(groups), mean_error, mean_norm)
+    envelope = Envelope(number, step, STAGES[stage], term, first, part, phase, drawn)
     return envelope, message[ENVELOPE_BYTES:size], min(size_class(size), len(message))
 
 
@@ -181,10 +194,13 @@ class Messenger:
     def __init__(self, transport: Transport, communication: Communication):
         self.transport, self.communication = transport, communication
         self._under_way: list[Watched] = []
+        #: What second phases travel over: another one where operations have no names and two threads start them.
+        self.second = transport
 
     def start(self, message: Tensor, part: int = 0, phase: int = 0) -> Pending:
         """Starts an allgather of a sealed message."""
-        pending = self.transport.allgather(self.communication.count(message, phase), self._name(part, phase), part)
+        transport = self.second if phase else self.transport
+        pending = transport.allgather(self.communication.count(message, phase), self._name(part, phase), part)
         return self.watch(pending, lambda: self._exchange_of(message))
 
     def start_alltoall(self, messages: Tensor, lengths: Sequence[int], part: int) -> Pending:

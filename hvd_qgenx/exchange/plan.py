@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hvd_qgenx.backends import Drawn, device_of
 from hvd_qgenx.codec import Codec
+from hvd_qgenx.drift import Sums
 from hvd_qgenx.exchange.message import ENVELOPE_BYTES, Envelope, Messenger, room_for
 from hvd_qgenx.key import Key
 from hvd_qgenx.layout import Layout
@@ -105,6 +106,14 @@ class Flight(ABC):
     @abstractmethod
     def terms(self) -> list[float]:
         """All ranks' terms, in rank order; waits for them."""
+
+    @abstractmethod
+    def sums(self) -> list[Sums]:
+        """What all ranks' roundings came to, in rank order; waits for them."""
+
+    @abstractmethod
+    def coordinates(self) -> int:
+        """How many all ranks' messages hold, the same number on all of them; waits for them."""
 
     @abstractmethod
     def collect(self, targets: Sequence[Tensor], factor: float) -> tuple[bool, ...]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx.backends import Drawn
+from hvd_qgenx.drift import Sums
 from hvd_qgenx.exchange.allgather import Arrived
 from hvd_qgenx.exchange.message import ENVELOPE_BYTES, Envelope, compare, room_for, seal, size_class, split
 from hvd_qgenx.exchange.plan import Codecs, Flight, Outgoing, Plan
@@ -99,7 +100,7 @@ class TwoPhaseFlight(Flight):
         members = self.messenger.transport.members
         compare(envelopes, members)
         arrived = Arrived(self.codec, envelopes, payloads, members)
-        sizes = arrived.common_sizes()
+        sizes = arrived.common_sizes(self.shards[self.rank].layout.sizes)
         vector = self.buffers.take_floats(f"mean.{self.part}", sum(sizes), self.outgoing.device)
         means = list(vector.split(list(sizes)))
         with self.messenger.communication.measure("decode"):
@@ -113,7 +114,9 @@ class TwoPhaseFlight(Flight):
         buffer = self.buffers.take(f"means.{self.part}", most, self.outgoing.device)
         with self.messenger.communication.measure("encode"):
             self.mean_drawn = self.fine.encode_segments(means, layout, key, buffer[ENVELOPE_BYTES:])
-        message = seal(replace(self.outgoing.envelope, phase=1), buffer, self.mean_drawn.size)
+        # This message is the one that reaches all ranks, so it tells of both roundings.
+        sums = Sums.of(self.codec, self.drawn, self.mean_drawn)
+        message = seal(replace(self.outgoing.envelope, phase=1, sums=sums), buffer, self.mean_drawn.size)
         return self.messenger.start(message, self.part, phase=1)
 
     @property
@@ -133,6 +136,12 @@ class TwoPhaseFlight(Flight):
 
     def terms(self) -> list[float]:
         return self.arrived.terms
+
+    def sums(self) -> list[Sums]:
+        return [envelope.sums for envelope in self.arrived.envelopes]
+
+    def coordinates(self) -> int:
+        return sum(map(sum, self.arrived.sizes))
 
     def collect(self, targets: Sequence[Tensor], factor: float) -> tuple[bool, ...]:
         arrived = self.arrived

@@ -68,7 +68,7 @@ def test_codebooks_are_identical_after_every_update(options, odd):
     assert exchange.communication.codebook_version == 2 and exchange.communication.adaptations == 2
 
 
-@pytest.mark.parametrize(("statistics", "size"), [("histogram", 8320), ("normal", 112)])
+@pytest.mark.parametrize(("statistics", "size"), [("histogram", 8448), ("normal", 176)])
 @pytest.mark.parametrize("numel", [1024, 20_000])
 def test_messages_of_statistics_have_the_documented_size_whatever_the_gradients(statistics, size, numel):
     exchange = CodedExchange(Settings(statistics=statistics, adapt_at=(0, 1), adapt_every=0), HorovodTransport())

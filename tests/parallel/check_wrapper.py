@@ -619,4 +619,4 @@ def test_a_model_too_small_to_be_coded_does_not_pay_for_statistics_forever():
         before = optimizer.communication.bytes_sent
         optimizer.step()
         sent.append(optimizer.communication.bytes_sent - before)
-    assert sum(size > 4000 for size in sent) == 6, "statistics at iterations 0, 1, 3, 7, 15, 31"
+    assert [step for step, size in enumerate(sent) if size > 4000] == [0], "later ones wait for something to fit to"

@@ -17,6 +17,8 @@ import torch
 import hvd_qgenx
 from hvd_qgenx import Compression
 
+#: This rank's number; replaced where torchrun has started the ranks.
+rank_here = hvd.rank
 FILE = Path(__file__).parents[1] / "golden" / "runs.json"
 RANKS = 3
 ITERATIONS = 50
@@ -76,10 +78,10 @@ def _parameters():
 
 def _gradients(parameters, call: int, may_lack: bool):
     """Of half-step ``call`` on this rank: p / 2 and noise; now and then a rank lacks one."""
-    generator = torch.Generator().manual_seed(1000 * call + hvd.rank())
+    generator = torch.Generator().manual_seed(1000 * call + rank_here())
     noise = [torch.randint(-1024, 1025, p.shape, generator=generator) / 256 for p in parameters]
     gradients = [p.detach() * 0.5 + n for p, n in zip(parameters, noise, strict=True)]
-    if may_lack and call % 5 == hvd.rank():
+    if may_lack and call % 5 == rank_here():
         gradients[call % 2] = None
     return gradients
 

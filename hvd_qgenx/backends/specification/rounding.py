@@ -152,8 +152,9 @@ def _scaled(vector: Tensor, norms: Tensor, bucket_of: Tensor, top: float) -> Ten
     norms = torch.where(usable, norms, 1.0)
     scale = torch.where(norms > 1 / SMALL_NORM, reals(SMALL_NORM), reals(1.0))
     scale = torch.where(norms < SMALL_NORM, reals(1 / SMALL_NORM), scale)
-    # One division a bucket; a product for each coordinate is what all backends can do alike.
-    factor = top / (norms * scale)
+    # One division a bucket; a product for each coordinate is what all backends can do alike. Of tensors: torch makes
+    # a number over a tensor a product with its reciprocal, which rounds twice.
+    factor = reals(top) / (norms * scale)
     magnitude = (vector.abs() * scale[bucket_of] * factor[bucket_of]).clamp_(max=top)
     return torch.where(usable[bucket_of], magnitude, 0.0)
 
@@ -187,7 +188,7 @@ def _round_between_levels(vector: Tensor, norms: Tensor, bucket_of: Tensor, leve
     u = magnitudes(vector, norms, bucket_of)
     # u = 1 belongs to the last gap, whose upper end it is.
     lower = (torch.searchsorted(table, u, right=True) - 1).clamp_(max=levels.num_levels - 1)
-    part = (u - table[lower]) * (1.0 / (table[1:] - table[:-1]))[lower] * 2.0**bits
+    part = (u - table[lower]) * (reals(1.0) / (table[1:] - table[:-1]))[lower] * 2.0**bits
     return lower + ((part.round().long() + (draw >> (32 - bits))) >> bits)
 
 
@@ -198,7 +199,7 @@ def _round_between_values(vector: Tensor, norms: Tensor, bucket_of: Tensor, leve
     magnitude = vector.abs() * (1 / SMALL_NORM)
     lower = (values[bucket_of] <= magnitude[:, None]).sum(dim=1) - 1
     low, high = values[bucket_of, lower], values[bucket_of, lower + 1]
-    part = (magnitude - low) * (1.0 / (high - low)) * 2.0**31
+    part = (magnitude - low) * (reals(1.0) / (high - low)) * 2.0**31
     return lower + ((part.round().long() + (draw >> 1)) >> 31)
 
 
