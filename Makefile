@@ -4,9 +4,9 @@ PYTHON ?= python3
 TESTS ?= tests
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PYTEST := $(RUN) HYPOTHESIS_STORAGE_DIRECTORY=.cache/hypothesis pytest
-CORE = $(shell find hvd_qgenx/csrc tests/fuzz -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CORE = $(shell find hvd_qgenx/csrc tests/fuzz tests/gpu -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help setup train experiment test quick fuzz sanitize format lint types dist image clean
+.PHONY: help setup train experiment test quick fuzz emulate sanitize format lint types dist image clean
 
 help:
 	@echo "make setup  make .venv ready: pinned packages, Horovod, this package"
@@ -15,6 +15,7 @@ help:
 	@echo "make test   run every test (TESTS=path runs those alone; ARGS=... are passed to pytest)"
 	@echo "make quick  run the tests that start no other processes and are not slow, in less than a minute"
 	@echo "make fuzz   feed the core's decoder damaged payloads for ten minutes (DURATION=seconds, RUNS=..., SEED=...)"
+	@echo "make emulate   compare 20000 drawn cases and 20000 damaged payloads of a GPU's kernels, emulated, with the core"
 	@echo "make sanitize  the core's round trips and 200000 mutations under the address and behaviour sanitizers"
 	@echo "make format lay out all Python, C and C++ as the style wants it"
 	@echo "make lint   check the code's style"
@@ -44,6 +45,9 @@ fuzz sanitize:
 format: setup
 	$(RUN) ruff format .
 	$(RUN) clang-format -i $(CORE)
+
+emulate: setup
+	$(RUN) python tests/gpu/cases.py --cases 20000 --damaged 20000 $(ARGS)
 
 lint: setup
 	$(RUN) ruff check .

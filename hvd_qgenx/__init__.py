@@ -2,12 +2,14 @@
 
 Importable without Horovod; what needs it says so when it is used. ``hvd_qgenx.ddp`` is the hook for
 DistributedDataParallel. ``hvd_qgenx.backend`` is the name of the codec's
-backend in use: "avx2" or "portable", the compiled core, or "specification", plain torch.
+backend in use: "avx2" or "portable", the compiled core, or "specification", plain torch; ``gpu_backend()``
+says which one vectors on a GPU have, and why.
 """
 
 import importlib
 
 from hvd_qgenx import backends
+from hvd_qgenx.backends import gpu_backend
 from hvd_qgenx.codec import Codec
 from hvd_qgenx.compression import Compression
 from hvd_qgenx.compressor import check_horovod
@@ -34,6 +36,7 @@ __all__ = [
     "Levels",
     "PayloadError",
     "QGenX",
+    "gpu_backend",
     "probe",
 ]
 

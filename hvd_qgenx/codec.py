@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hvd_qgenx.backends import Drawn, backend_of, home
+from hvd_qgenx.backends import Drawn, backend_of, device_of, home
 from hvd_qgenx.checks import check_choice, check_integer, check_integers, check_type
 from hvd_qgenx.codebook import CODERS, Codebook, make_code
 from hvd_qgenx.key import Key
@@ -148,7 +148,7 @@ class Codec:
             layout: of this codec's, see ``layout``.
             out: uint8[>= bound].
         """
-        backend = backend_of(home(segments[0].device if segments else out.device))
+        backend = backend_of(home(device_of(segments, out.device)))
         return backend.encode(self.codebook, self.norm, layout, key, segments, out, inline)
 
     def decode_mean(self, payloads: Sequence[Tensor], numel: int | None = None, out: Tensor | None = None) -> Tensor:
@@ -196,7 +196,7 @@ class Codec:
         factor: float = 1.0,
     ) -> tuple[bool, ...]:
         """Means of sections straight into float32 vectors; see ``Backend.decode_mean``."""
-        backend = backend_of(home(targets[0].device if targets else payloads[0].device))
+        backend = backend_of(home(device_of(targets, torch.device("cpu"))))
         return backend.decode_mean(self.codebook, payloads, targets, sections, factor)
 
     def parse(self, payload: Tensor, numel: int | None = None) -> Header:
@@ -206,7 +206,7 @@ class Codec:
 
     def statistics(self, segments: Sequence[Tensor], layout: Layout, form: str) -> tuple[int, Tensor, Tensor]:
         """What ``adaptation.Statistics`` holds in this form, of the coded segments of a float32 vector."""
-        device = segments[0].device if segments else torch.device("cpu")
+        device = device_of(segments, torch.device("cpu"))
         return backend_of(home(device)).statistics(self.norm, layout, segments, form)
 
 
@@ -220,9 +220,14 @@ def check_gradient(tensor: Tensor) -> Tensor:
 
 def as_segment(gradient: Tensor) -> Tensor:
     """A contiguous float32 tensor with the values of a floating-point one, where it can be coded; itself if it is."""
-    if gradient.dtype is torch.float32 and gradient.is_cpu and gradient.is_contiguous():
+    if gradient.dtype is torch.float32 and can_be_coded(gradient):
         return gradient.detach() if gradient.requires_grad else gradient
     return as_vector(gradient)
+
+
+def can_be_coded(tensor: Tensor) -> bool:
+    """Whether a tensor lies where it can be coded, and in one piece."""
+    return (tensor.is_cpu or home(tensor.device) == tensor.device) and tensor.is_contiguous()
 
 
 def as_vector(gradient: Tensor) -> Tensor:

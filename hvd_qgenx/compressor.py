@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx.adaptation import Settings
-from hvd_qgenx.checks import check_name, check_named_parameters, check_process_set
-from hvd_qgenx.codec import check_gradient
+from hvd_qgenx.backends import home, take_gpu
+from hvd_qgenx.checks import check_choice, check_name, check_named_parameters, check_process_set
+from hvd_qgenx.codec import can_be_coded, check_gradient
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.exchange.allgather import Arrived
 from hvd_qgenx.exchange.coded import CodedExchange
@@ -122,14 +123,14 @@ class _Call:
         self.broken = False
         #: Why this tensor cannot be sent.
         self.refusal: ValueError | None = None
-        is_own = self.is_gradient and real.dtype is torch.float32 and real.is_cpu and real.is_contiguous()
+        is_own = self.is_gradient and real.dtype is torch.float32 and can_be_coded(real)
         self._target = real if is_own else None
 
     @property
     def target(self) -> Tensor:
         """The gradient itself if it can take the mean as it comes; else a new vector."""
         if self._target is None:
-            self._target = torch.empty(self.real.numel(), dtype=torch.float32, device="cpu")
+            self._target = torch.empty(self.real.numel(), dtype=torch.float32, device=home(self.real.device))
         return self._target
 
     def result(self) -> Tensor:
@@ -202,6 +203,7 @@ class QGenXCompressor:
         statistics: str = "histogram",
         rate_weight: float = 0.0,
         name: str | None = None,
+        device: str = "cpu",
     ) -> QGenXCompressor:
         """A configured compressor.
 
@@ -227,10 +229,15 @@ class QGenXCompressor:
             rate_weight: lambda of the objective that adaptive levels minimise, relative variance + lambda * bits per
                 coordinate; 0 is the paper's, 2 ln(2) times the relative variance a good start. See ``Levels.fitted``.
             name: by which ranks know it; needed only if they use several compressors, and not all ranks the same ones.
+            device: where gradients on a GPU are coded: "cpu", to which they are copied, or "cuda", by kernels that
+                have not yet been run on a GPU (see docs/gpu.md), from then on for the whole process. The bytes are
+                the same: ranks may differ. Where kernels cannot run one warning says why, and it is the CPU.
 
         Raises:
             ValueError: naming the argument and what is allowed.
         """
+        if check_choice("device", device, ("cpu", "cuda")) == "cuda":
+            take_gpu()
         settings = Settings(
             bits=bits, levels=levels, coder=coder, norm=norm, bucket_size=bucket_size, rounding=rounding,
             min_numel=min_numel, adapt_at=adapt_at, adapt_every=adapt_every, seed=seed, nonfinite=nonfinite,

@@ -72,9 +72,11 @@ def test_one_wheel_serves_every_python_on_a_platform(built):
     assert b"qgenx_encode" in library and b"PyObject" not in library and b"PyInit" not in library
 
 
-def test_the_wheel_holds_the_package_its_library_and_one_header(built):
+def test_the_wheel_holds_the_package_its_library_one_header_and_the_source_of_kernels(built):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hvd_qgenx").rglob("*.py")}
     others = {f"hvd_qgenx/{name}" for name in ("py.typed", "libqgenx.so", "csrc/qgenx.h")}
+    # Compiled where they run.
+    others |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "hvd_qgenx" / "csrc" / "gpu").iterdir()}
     assert {name for name in _files(built.package) if ".dist-info/" not in name} == modules | others
 
 

@@ -29,6 +29,7 @@ RUNS = [
     ("gloo", 2, "check_faults.py"),
     ("mpi", 2, "check_faults.py"),
     ("gloo", 2, "check_bytes.py"),
+    ("gloo", 2, "check_gpu.py"),
     ("gloo", 2, "check_recipes.py"),
     ("gloo", 2, "check_training.py"),
     ("gloo", 2, "check_probe.py"),

@@ -82,6 +82,7 @@ def test_the_compressor_takes_the_arguments_of_the_contract():
         "statistics",
         "rate_weight",
         "name",
+        "device",
     ]
 
 

@@ -372,6 +372,7 @@ def check_size(flags: Namespace) -> None:
         if world.local_rank() == 0 and world.local_size() > torch.cuda.device_count():
             print(f"Notice: {world.local_size()} ranks share {torch.cuda.device_count()} GPU of this host.", flush=True)
         torch.cuda.set_device(world.local_rank() % torch.cuda.device_count())
+        hvd_qgenx.Compression.qgenx(device="cuda")  # asks for this process: its gradients are coded where they are
 
 
 def train(flags: Namespace) -> None:

@@ -2,22 +2,35 @@
 
 ``encode``, ``decode_mean``, ``parse``, ``statistics`` and ``squared_error`` are declared once, on ``Backend``. The
 backend follows the vector's device; ``force`` names another for tests. A backend for another kind of device is a room
-beside ``compiled`` and one entry of ``_BY_DEVICE``.
+beside ``compiled`` and one entry of ``_BY_DEVICE``. That of GPUs is there once ``take_gpu`` was called.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from hvd_qgenx.backends.backend import Backend, Drawn
+from hvd_qgenx.backends.backend import Backend, Drawn, device_of
 from hvd_qgenx.backends.compiled import Compiled, best_path
 from hvd_qgenx.backends.specification import Specification
 
-__all__ = ["BACKENDS", "SWITCH", "Backend", "Drawn", "backend_of", "force", "home", "name"]
+__all__ = [
+    "BACKENDS",
+    "SWITCH",
+    "Backend",
+    "Drawn",
+    "backend_of",
+    "device_of",
+    "force",
+    "gpu_backend",
+    "home",
+    "name",
+    "take_gpu",
+]
 
 BACKENDS = ("avx2", "portable", "specification")
 SWITCH = "HVD_QGENX_BACKEND"
@@ -36,6 +49,8 @@ def _find() -> Backend:
 
 
 _BY_DEVICE: dict[str, Backend] = {"cpu": _find()}
+_NOT_ASKED = 'not asked for; Compression.qgenx(device="cuda") asks'
+_against_gpu = _NOT_ASKED
 
 
 def home(device: torch.device) -> torch.device:
@@ -53,11 +68,39 @@ def name() -> str:
     return _BY_DEVICE["cpu"].name
 
 
+def take_gpu() -> bool:
+    """From now on vectors on a CUDA device are coded there; where that cannot be, one warning says why.
+
+    They are coded on the CPU otherwise. Kernels have been compiled and emulated, and not yet been run on a GPU: so
+    they are taken only when asked for.
+    """
+    global _against_gpu
+    if _against_gpu == _NOT_ASKED:
+        # Not before: importing the package touches no GPU.
+        from hvd_qgenx.backends.cuda import find
+
+        found = find()
+        if isinstance(found, Backend):
+            _BY_DEVICE["cuda"], _against_gpu = found, ""
+        else:
+            _against_gpu = found
+            warnings.warn(f"gradients on a GPU are coded on the CPU: {found}", RuntimeWarning, stacklevel=2)
+    return not _against_gpu
+
+
+def gpu_backend() -> str:
+    """The backend of vectors on a GPU: "cuda", or "cpu: ..." with the reason why it is not."""
+    return _BY_DEVICE["cuda"].name if not _against_gpu else f"cpu: {_against_gpu}"
+
+
 @contextmanager
-def force(forced: str) -> Iterator[None]:
-    """For tests: vectors on the CPU go to the backend of that name inside."""
+def force(forced: str | Backend) -> Iterator[None]:
+    """For tests: vectors on the CPU go to that backend, or the one of that name, inside."""
     before = _BY_DEVICE["cpu"]
-    _BY_DEVICE["cpu"] = Specification() if forced == "specification" else Compiled(forced)
+    if isinstance(forced, Backend):
+        _BY_DEVICE["cpu"] = forced
+    else:
+        _BY_DEVICE["cpu"] = Specification() if forced == "specification" else Compiled(forced)
     try:
         yield
     finally:

@@ -99,3 +99,8 @@ class Backend(ABC):
 def no_counts(codebook: Codebook) -> Tensor:
     """int64[s + 1] of zeros."""
     return torch.zeros(codebook.levels.num_levels + 1, dtype=torch.int64, device="cpu")
+
+
+def device_of(segments: Sequence[Tensor], otherwise: torch.device) -> torch.device:
+    """Where segments lie that are there: one of no coordinates may lie anywhere."""
+    return next((segment.device for segment in segments if segment.numel()), otherwise)

@@ -7,6 +7,11 @@
 #include "parallel.h"
 
 namespace qgenx {
+
+void add_raw(const uint8_t *raw, uint64_t n, float *out, bool add, const Finish &finish) {
+    for (uint64_t i = 0; i < n; i++) out[i] = finish.of((add ? out[i] : 0.0f) + load<float>(raw + 4 * i));
+}
+
 namespace {
 
 constexpr int32_t NONE = -1;
@@ -107,10 +112,6 @@ void open_streams(const Decoder &d, size_t first, size_t end, uint32_t segment, 
         add = true;
     }
     if (!more && !streams.empty()) streams.back().finish = d.finish;
-}
-
-void add_raw(const uint8_t *raw, uint64_t n, float *out, bool add, const Finish &finish) {
-    for (uint64_t i = 0; i < n; i++) out[i] = finish.of((add ? out[i] : 0.0f) + load<float>(raw + 4 * i));
 }
 
 /* Raw segments are small by intent: not worth a thread. */
@@ -235,29 +236,62 @@ bool is_broken(const Decoder &d, uint32_t segment) {
     return false;
 }
 
+/* All are checked before the first coordinate is written. */
+int parse_all(const qgenx_codebook &book, const uint8_t *const *payloads, const uint64_t *sizes, uint32_t count,
+              Code &code, Decoder &decoder, Failure &failure) {
+    if (count == 0) return failure.set(QGENX_BAD_ARGUMENT, "payloads must hold at least one payload");
+    if (prepare_code(book, true, code, failure)) return failure.status;
+    decoder.payloads = std::vector<Parsed>(count);
+    decoder.sections.reserve(size_t(count) * decoder.target.num_segments);
+    for (uint32_t i = 0; i < count; i++) {
+        Parsed &parsed = decoder.payloads[i];
+        if (parse(payloads[i], sizes[i], -1, decoder.kernels.crc, parsed, failure)) return failure.status;
+        if (adopt(book, code, parsed, failure) || find_sections(decoder, i, failure)) return failure.status;
+    }
+    return QGENX_OK;
+}
+
 }  // namespace
 
 int decode_mean(const qgenx_codebook &book, const uint8_t *const *payloads, const uint64_t *sizes, uint32_t count,
                 const qgenx_target &target, const Finish &finish, uint8_t *broken, int threads, const Kernels &kernels,
                 Failure &failure) {
-    if (count == 0) return failure.set(QGENX_BAD_ARGUMENT, "payloads must hold at least one payload");
     Code code;
-    if (prepare_code(book, true, code, failure)) return failure.status;
-    /* all are checked before the first coordinate is written */
-    Decoder decoder{target, finish, kernels, std::vector<Parsed>(count), {}};
-    decoder.sections.reserve(size_t(count) * target.num_segments);
+    Decoder decoder{target, finish, kernels, {}, {}};
+    if (parse_all(book, payloads, sizes, count, code, decoder, failure)) return failure.status;
     bool alike = true;
-    for (uint32_t i = 0; i < count; i++) {
-        Parsed &parsed = decoder.payloads[i];
-        if (parse(payloads[i], sizes[i], -1, kernels.crc, parsed, failure)) return failure.status;
-        if (adopt(book, code, parsed, failure) || find_sections(decoder, i, failure)) return failure.status;
+    for (const Parsed &parsed : decoder.payloads)
         alike = alike && parsed.layout.same_buckets(decoder.payloads[0].layout);
-    }
     /* cut differently, buckets do not meet: then one payload after another, each over the whole target */
     for (uint32_t i = 0; i < count; i += alike ? count : 1)
         if (decode_alike(decoder, i, alike ? count : i + 1, threads, failure)) return failure.status;
     for (uint32_t segment = 0; broken && segment < target.num_segments; segment++)
         broken[segment] = is_broken(decoder, segment);
+    return QGENX_OK;
+}
+
+/* ---- for who decodes buckets elsewhere: where they are, checked like here ------------------------------------------ */
+
+int locate(const qgenx_codebook &book, const uint8_t *const *payloads, const uint64_t *sizes, uint32_t count,
+           const qgenx_target &target, const Finish &finish, qgenx_places *places, int64_t *raws, int64_t *buckets,
+           double *most, const Kernels &kernels, Failure &failure) {
+    Code code;
+    Decoder decoder{target, finish, kernels, {}, {}};
+    if (parse_all(book, payloads, sizes, count, code, decoder, failure)) return failure.status;
+    for (uint32_t i = 0; i < count; i++) {
+        const Parsed &parsed = decoder.payloads[i];
+        auto place = [&](const uint8_t *at) { return at ? uint64_t(at - payloads[i]) : 0; };
+        places[i] = {place(parsed.raw), place(parsed.norms), place(parsed.lengths), place(parsed.coded),
+                     parsed.layout.buckets};
+        for (uint32_t segment = 0; segment < target.num_segments; segment++) {
+            bool there = decoder.section(i, segment) != NONE;
+            bool raw = there && parsed.layout.is_raw(uint32_t(decoder.section(i, segment)));
+            uint64_t at = uint64_t(i) * target.num_segments + segment;
+            raws[at] = raw ? int64_t(decoder.start(i, segment).raw) : NONE;
+            buckets[at] = there && !raw ? int64_t(decoder.start(i, segment).bucket) : NONE;
+        }
+    }
+    for (uint32_t segment = 0; segment < target.num_segments; segment++) most[segment] = most_of(decoder, segment);
     return QGENX_OK;
 }
 

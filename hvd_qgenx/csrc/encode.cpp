@@ -196,8 +196,7 @@ int encode(const qgenx_codebook &book, const qgenx_layout &cut, const qgenx_enco
     pass_over(encoder, report.spoiled, [&] { coded = encode_buckets(encoder, sections, threads, report.counts); });
     if (asked) add_sums(encoder, raw_squares, report);
     *size = uint64_t(sections.coded - out) + coded + CHECKSUM;
-    store(out + At::SIZE, *size);
-    store(out + *size - CHECKSUM, checksum(kernels, out, *size - CHECKSUM, threads));
+    seal(out, *size, threads, kernels);
     return QGENX_OK;
 }
 
@@ -225,6 +224,39 @@ int quantize(const qgenx_codebook &book, const qgenx_layout &cut, const qgenx_en
         });
     });
     return QGENX_OK;
+}
+
+/* ---- for who codes buckets elsewhere: what comes before them, and after ------------------------------------------- */
+
+int begin(const qgenx_codebook &book, const qgenx_layout &cut, const qgenx_encoding &encoding,
+          const float *const *segments, uint8_t *out, uint64_t capacity, qgenx_places &places, double *raw_squares,
+          uint8_t *spoiled, const Kernels &kernels, Failure &failure) {
+    Code code;
+    Layout layout;
+    if (prepare_layout(cut, layout, failure) || check_norm(encoding.norm, failure)) return failure.status;
+    if (prepare_code(book, false, code, failure)) return failure.status;
+    uint64_t bound = bound_of(layout, code, encoding.inline_codebook ? inline_bytes(book) : 0);
+    if (check_room(bound, capacity, failure)) return failure.status;
+    Sections sections = write_header(book, encoding, layout, code, out);
+    memset(spoiled, 0, layout.num_segments);
+    Encoder encoder{encoding, layout, code, kernels, segments, sections.norms, nullptr};
+    *raw_squares = write_raw(encoder, sections.raw, spoiled);
+    uint64_t lengths = sections.lengths ? uint64_t(sections.lengths - out) : 0;
+    places = {uint64_t(sections.raw - out), uint64_t(sections.norms - out), lengths, uint64_t(sections.coded - out),
+              layout.buckets};
+    return QGENX_OK;
+}
+
+int spoil(const qgenx_layout &cut, uint8_t *norms, uint8_t *spoiled, int *any, Failure &failure) {
+    Layout layout;
+    if (prepare_layout(cut, layout, failure)) return failure.status;
+    *any = spoil_segments(layout, norms, spoiled);
+    return QGENX_OK;
+}
+
+void seal(uint8_t *out, uint64_t size, int threads, const Kernels &kernels) {
+    store(out + At::SIZE, size);
+    store(out + size - CHECKSUM, checksum(kernels, out, size - CHECKSUM, threads));
 }
 
 }  // namespace qgenx

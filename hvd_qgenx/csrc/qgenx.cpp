@@ -103,3 +103,34 @@ void qgenx_squared_error(const float *vector, const float *decoded, uint64_t num
                          double *squared_norm, int threads) {
     qgenx::squared_error(vector, decoded, numel, squared_error, squared_norm, threads);
 }
+
+int qgenx_begin(const qgenx_codebook *book, const qgenx_layout *layout, const qgenx_encoding *encoding,
+                const float *const *segments, uint8_t *out, uint64_t capacity, qgenx_places *places,
+                double *raw_squares, uint8_t *spoiled, qgenx_path path, char *message) {
+    return guarded(message, [&](Failure &failure) {
+        return begin(*book, *layout, *encoding, segments, out, capacity, *places, raw_squares, spoiled,
+                     kernels_of(path), failure);
+    });
+}
+
+int qgenx_spoil(const qgenx_layout *layout, uint8_t *norms, uint8_t *spoiled, int *any, char *message) {
+    return guarded(message, [&](Failure &failure) { return spoil(*layout, norms, spoiled, any, failure); });
+}
+
+void qgenx_seal(uint8_t *out, uint64_t size, int threads, qgenx_path path) {
+    seal(out, size, threads, kernels_of(path));
+}
+
+int qgenx_locate(const qgenx_codebook *book, const uint8_t *const *payloads, const uint64_t *sizes,
+                 uint32_t num_payloads, const qgenx_target *target, float divisor, float factor, qgenx_places *places,
+                 int64_t *raws, int64_t *buckets, double *most, qgenx_path path, char *message) {
+    return guarded(message, [&](Failure &failure) {
+        return locate(*book, payloads, sizes, num_payloads, *target, Finish{divisor, factor}, places, raws, buckets,
+                      most, kernels_of(path), failure);
+    });
+}
+
+void qgenx_add_raw(const uint8_t *raw, uint64_t n, float *out, int add, float divisor, float factor) {
+    PlainArithmetic plain;
+    add_raw(raw, n, out, add != 0, Finish{divisor, factor});
+}

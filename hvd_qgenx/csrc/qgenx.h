@@ -149,6 +149,37 @@ QGENX_API int qgenx_statistics(const qgenx_layout *layout, qgenx_norm norm, cons
 QGENX_API void qgenx_squared_error(const float *vector, const float *decoded, uint64_t numel, double *squared_error,
                                    double *squared_norm, int threads);
 
+/* ---- for a device: buckets are coded there, all else is written and checked here ---------------------------------- */
+
+/* Where a payload's sections begin, in bytes; `lengths` is 0 for the fixed code, which has none. */
+typedef struct {
+    uint64_t raw, norms, lengths, coded;
+    uint64_t buckets;
+} qgenx_places;
+
+/* Writes header and raw segments, the only ones whose pointers are followed; norms, lengths and code are the caller's to
+ * write. `raw_squares` and `spoiled` are what a report has of raw segments. */
+QGENX_API int qgenx_begin(const qgenx_codebook *book, const qgenx_layout *layout, const qgenx_encoding *encoding,
+                          const float *const *segments, uint8_t *out, uint64_t capacity, qgenx_places *places,
+                          double *raw_squares, uint8_t *spoiled, qgenx_path path, char *message);
+
+/* Makes all norms of a segment NaN where one is not finite; `any` says whether there was one, `spoiled` where. */
+QGENX_API int qgenx_spoil(const qgenx_layout *layout, uint8_t *norms, uint8_t *spoiled, int *any, char *message);
+
+/* Writes the size, checksum included, and the checksum. */
+QGENX_API void qgenx_seal(uint8_t *out, uint64_t size, int threads, qgenx_path path);
+
+/* Adds n raw coordinates to `out`, or to zeros, and finishes the sums, as decode_mean does. */
+QGENX_API void qgenx_add_raw(const uint8_t *raw, uint64_t n, float *out, int add, float divisor, float factor);
+
+/* What decode_mean checks before it writes, and what it then knows: `places` of each payload; for each payload and
+ * segment the first raw coordinate in `raws`, or the first bucket in `buckets`, -1 where it has none; and of each
+ * segment more than any coordinate's sum can come to, NaN if a payload says NaN. */
+QGENX_API int qgenx_locate(const qgenx_codebook *book, const uint8_t *const *payloads, const uint64_t *sizes,
+                           uint32_t num_payloads, const qgenx_target *target, float divisor, float factor,
+                           qgenx_places *places, int64_t *raws, int64_t *buckets, double *most, qgenx_path path,
+                           char *message);
+
 #ifdef __cplusplus
 }
 #endif

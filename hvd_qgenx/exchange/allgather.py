@@ -24,7 +24,8 @@ class Allgather(Plan):
 
     def start(self, codecs: Codecs, outgoing: Outgoing) -> AllgatherFlight:
         codec, part = codecs.own, outgoing.envelope.part
-        buffer = self.buffers.take(f"allgather.{part}", bound(outgoing.layout, codec.codebook, inline=True))
+        most = bound(outgoing.layout, codec.codebook, inline=True)
+        buffer = self.buffers.take(f"allgather.{part}", most, outgoing.device)
         with self.messenger.communication.measure("encode"):
             drawn = codec.encode_segments(outgoing.segments, outgoing.layout, outgoing.key, buffer[ENVELOPE_BYTES:])
         payload = buffer[ENVELOPE_BYTES : ENVELOPE_BYTES + drawn.size]

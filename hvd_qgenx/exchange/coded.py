@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx.adaptation import Settings, Statistics, fit
+from hvd_qgenx.backends import device_of
 from hvd_qgenx.codec import Codec, as_segment
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.drift import Drift, Sums
@@ -87,7 +88,10 @@ class CodedExchange(Exchange):
         return self.settings.describe()
 
     def fuse(self, tensors: Sequence[Tensor | None]) -> Fused:
-        return fuse(tensors, as_segment)
+        fused = fuse(tensors, as_segment)
+        devices = {segment.device for segment in fused.segments if segment.numel()}
+        # One message is coded in one place: parameters on several devices meet on the CPU.
+        return fused if len(devices) < 2 else Fused(fused.present, tuple(one.cpu() for one in fused.segments))
 
     def describe(self, lines: Sequence[str], dtypes: Sequence[torch.dtype], sizes: Sequence[int]) -> None:
         super().describe(lines, dtypes, sizes)
@@ -269,9 +273,10 @@ class CodedExchange(Exchange):
 
     def _make_room(self, means: list[Tensor], part: Part, sizes: Sequence[int]) -> None:
         """A vector of zeros for each tensor that another rank has and this one does not."""
+        device = device_of(means, torch.device("cpu"))
         for piece, size in zip(part.slices, sizes, strict=True):
             if size and not means[piece.segment].numel():
-                means[piece.segment] = torch.zeros(self.sizes[piece.segment], dtype=torch.float32, device="cpu")
+                means[piece.segment] = torch.zeros(self.sizes[piece.segment], dtype=torch.float32, device=device)
 
     @property
     def _factor(self) -> float:

@@ -88,9 +88,9 @@ def seal(envelope: Envelope, buffer: Tensor, body_bytes: int) -> Tensor:
     return padded
 
 
-def room_for(body_bytes: int) -> Tensor:
-    """A buffer for messages of up to so many bytes of body."""
-    return torch.empty(size_class(ENVELOPE_BYTES + body_bytes), dtype=torch.uint8, device="cpu")
+def room_for(body_bytes: int, pinned: bool = False) -> Tensor:
+    """A buffer for messages of up to so many bytes of body; a GPU copies to a pinned one by itself."""
+    return torch.empty(size_class(ENVELOPE_BYTES + body_bytes), dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
 
 def unseal(message: Tensor, rank: int) -> tuple[Envelope, Tensor, int]:

@@ -10,12 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hvd_qgenx.backends import Drawn
+from hvd_qgenx.backends import Drawn, device_of
 from hvd_qgenx.codec import Codec
 from hvd_qgenx.drift import Sums
 from hvd_qgenx.exchange.message import ENVELOPE_BYTES, Envelope, Messenger, room_for
 from hvd_qgenx.key import Key
 from hvd_qgenx.layout import Layout
+
+_CPU = torch.device("cpu")
 
 
 class Buffers:
@@ -25,18 +27,19 @@ class Buffers:
         self._kept: dict[str, Tensor] = {}
         self._floats: dict[str, Tensor] = {}
 
-    def take(self, name: str, body_bytes: int) -> Tensor:
-        """A buffer for a message with a body of up to so many bytes; what it held is gone."""
+    def take(self, name: str, body_bytes: int, device: torch.device = _CPU) -> Tensor:
+        """A buffer for a message with a body of up to so many bytes, which ``device`` can copy to by itself; what it
+        held is gone."""
         buffer = self._kept.get(name)
         if buffer is None or len(buffer) < ENVELOPE_BYTES + body_bytes:
-            buffer = self._kept[name] = room_for(body_bytes)
+            buffer = self._kept[name] = room_for(body_bytes, pinned=device.type == "cuda")
         return buffer
 
-    def take_floats(self, name: str, numel: int) -> Tensor:
-        """A float32 vector of so many coordinates; what it held is gone."""
+    def take_floats(self, name: str, numel: int, device: torch.device = _CPU) -> Tensor:
+        """A float32 vector of so many coordinates on ``device``; what it held is gone."""
         vector = self._floats.get(name)
-        if vector is None or len(vector) < numel:
-            vector = self._floats[name] = torch.empty(numel, dtype=torch.float32, device="cpu")
+        if vector is None or len(vector) < numel or vector.device != device:
+            vector = self._floats[name] = torch.empty(numel, dtype=torch.float32, device=device)
         return vector[:numel]
 
     def clear(self) -> None:
@@ -62,6 +65,11 @@ class Outgoing:
     key: Key
     envelope: Envelope
     term: Callable[[Tensor], float] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors lie."""
+        return device_of(self.segments, _CPU)
 
     @property
     def layout(self) -> Layout:

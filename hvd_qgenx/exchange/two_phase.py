@@ -66,7 +66,7 @@ class TwoPhaseFlight(Flight):
         self._arrived: Arrived | None = None
 
     def _send_shards(self) -> tuple[Drawn, Pending]:
-        buffer = self.buffers.take(f"shards.{self.part}", sum(map(self._room, self.shards)))
+        buffer = self.buffers.take(f"shards.{self.part}", sum(map(self._room, self.shards)), self.outgoing.device)
         lengths, start, drawn = [], 0, []
         for rank, shard in enumerate(self.shards):
             one, message = self._encode_shard(rank, shard, buffer[start:])
@@ -101,7 +101,8 @@ class TwoPhaseFlight(Flight):
         compare(envelopes, members)
         arrived = Arrived(self.codec, envelopes, payloads, members)
         sizes = arrived.common_sizes(self.shards[self.rank].layout.sizes)
-        means = list(self.buffers.take_floats(f"mean.{self.part}", sum(sizes)).split(list(sizes)))
+        vector = self.buffers.take_floats(f"mean.{self.part}", sum(sizes), self.outgoing.device)
+        means = list(vector.split(list(sizes)))
         with self.messenger.communication.measure("decode"):
             arrived.mean_into(means)
         self._pending = self._send_mean(means)
@@ -109,7 +110,8 @@ class TwoPhaseFlight(Flight):
     def _send_mean(self, means: Sequence[Tensor]) -> Pending:
         shard, key = self.shards[self.rank], self.outgoing.key.within(phase=1, part=self.part, shard=self.rank)
         layout = shard.layout.of(list(map(Tensor.numel, means)))
-        buffer = self.buffers.take(f"means.{self.part}", bound(shard.layout, self.fine.codebook, inline=True))
+        most = bound(shard.layout, self.fine.codebook, inline=True)
+        buffer = self.buffers.take(f"means.{self.part}", most, self.outgoing.device)
         with self.messenger.communication.measure("encode"):
             self.mean_drawn = self.fine.encode_segments(means, layout, key, buffer[ENVELOPE_BYTES:])
         # This message is the one that reaches all ranks, so it tells of both roundings.
