@@ -140,7 +140,7 @@ class Kernels(Backend):
 
     def _blame(self, codebook, payloads, targets, sections, factor) -> None:
         """Raises what the core says of payloads that a kernel has refused."""
-        copies = [torch.zeros(target.numel()) for target in targets]
+        copies = [torch.zeros(target.numel(), dtype=torch.float32, device="cpu") for target in targets]
         self._core.decode_mean(codebook, payloads, copies, sections, factor)
         raise DeviceError(f"{self.name} refuses a payload that the CPU can read: its memory or its kernels are damaged")
 
@@ -272,7 +272,7 @@ class _Coding:
 def _drawn(coding: _Coding, begun: host.Begun, size: int) -> Drawn:
     """In the buckets' order, as the core adds; spoiled segments have no part in the sums."""
     if not coding.cut.num_buckets:
-        counts = torch.zeros(coding.num_levels + 1, dtype=torch.int64)
+        counts = torch.zeros(coding.num_levels + 1, dtype=torch.int64, device="cpu")
         return Drawn(size, counts, 0.0, begun.raw_squares, tuple(map(bool, begun.spoiled)))
     sums = coding.sums[np.isfinite(coding.norms)]
     error = np.cumsum(np.concatenate([[0.0], sums[:, 0]]))[-1]
