@@ -133,6 +133,7 @@ class AutoCompressor:
         if self._epoch is not epoch:
             if self._epoch is not None:
                 self.load_state_dict(self.state_dict())
+                self._introduce(self._exchange)
             self._epoch = epoch
 
     def _choose(self, tensor: Tensor) -> Any:
@@ -167,13 +168,17 @@ class AutoCompressor:
             self._made = AutomaticExchange(
                 DENSE, self.bits, self.settings, transport, drop_in=True, communication=self.communication
             )
-            shapes = [f"{name} {tuple(p.shape)}" for name, p in self._named]
-            words = ["automatic compressor", str(transport.members), *shapes]
-            self._made.identify(identify(self, words, "an automatic compressor").number)
+            self._introduce(self._made)
             if self._inherited:
                 self._made.load_state_dict(self._inherited)
                 self._inherited = None
         return self._made
+
+    def _introduce(self, exchange: AutomaticExchange) -> None:
+        """Gives the exchange the identity by which other ranks know it."""
+        shapes = [f"{name} {tuple(p.shape)}" for name, p in self._named]
+        words = ["automatic compressor", str(exchange.transport.members), *shapes]
+        exchange.identify(identify(self, words, "an automatic compressor").number)
 
     def state_dict(self) -> dict:
         """The choice, and the memory of what was chosen, equal on all ranks, as plain numbers and words."""

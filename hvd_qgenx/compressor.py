@@ -340,7 +340,8 @@ class QGenXCompressor:
         """Looks once a step at who calls, and among how many ranks; ranks that have not yet, agree."""
         frame, direct = caller(), sys._getframe(2)
         if self._epoch is not (epoch := self._exchange.transport.epoch):
-            self._epoch, self._open = epoch, _Batch(self._open.first)
+            self._epoch, self._open, self._described = epoch, _Batch(self._open.first), None
+            self._introduce(self._exchange)  # among other ranks it has another number
         batch = self._open
         # Who calls through another of our compressors may be somebody else the next time.
         batch.caller = None if direct.f_globals.get("__name__", "").startswith("hvd_qgenx.") else direct.f_code
