@@ -273,6 +273,9 @@ class DistributedOptimizer(_Materialising):
         self._begin()
         if self._two_exchanges:
             self._synchronize_unless_done("extrapolation")
+        else:
+            with self._exchange.unbroken():
+                self._exchange.settle()  # ranks that start here agree before any of them moves
         self.optimizer.extrapolation()
 
     def step(self, closure: Callable | None = None):
