@@ -164,7 +164,7 @@ bool same(const std::vector<float> &a, const std::vector<float> &b) {
     return a.size() == b.size();
 }
 
-/* The sums of what each payload decodes to alone, and whether these hold NaN; false if one of them does not decode. */
+/* The means of what each payload decodes to alone, and whether they are finite; false if one of them does not decode. */
 bool expect(const Input &input, const std::vector<std::vector<uint64_t>> &sizes, const Target &target,
             Segments &expected, Bytes &broken) {
     Bytes present(target.sizes.size(), 0);
@@ -180,14 +180,16 @@ bool expect(const Input &input, const std::vector<std::vector<uint64_t>> &sizes,
             for (size_t j = 0; j < target.sizes[i]; j++) {
                 float value = alone.segments.values[size_t(section)][j], &sum = expected.values[i][j];
                 sum = present[i] ? sum + value : value;
-                if (std::isnan(value)) broken[i] = 1;
             }
             present[i] = 1;
         }
     }
     for (size_t i = 0; i < target.sizes.size(); i++)
-        for (float &value : expected.values[i])
-            if (present[i]) value = value / target.divisor * target.factor;
+        for (float &value : expected.values[i]) {
+            if (!present[i]) continue;
+            value = value / target.divisor * target.factor;
+            if (!std::isfinite(value)) broken[i] = 1; /* NaN arrived, or a sum passed the largest float32 */
+        }
     return true;
 }
 

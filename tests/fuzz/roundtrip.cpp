@@ -53,7 +53,9 @@ struct Expected {
         for (size_t i = 0; i < segment.size(); i++) {
             if (!raw && i && i % job.layout.bucket_size == 0) norm++;
             values.push_back(raw ? (finite ? segment[i] : NAN) : value_of(book, *norm, *symbol));
-            if (!raw) report.counts[size_t(std::abs(*symbol++))]++;
+            if (raw) continue;
+            if (*norm != 0 && !std::isnan(*norm)) report.counts[size_t(std::abs(*symbol))]++; /* others have no code */
+            symbol++;
         }
         if (!raw && !segment.empty()) norm++;
         report.spoiled[number] = !segment.empty() && std::isnan(values[first]);
