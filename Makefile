@@ -63,7 +63,7 @@ dist: setup
 	$(RUN) twine check --strict dist/*
 
 image:
-	BASE="$(BASE)" docker/build cpu $(ARGS)
+	BASE="$(BASE)" docker/image cpu $(ARGS)
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info hvd_qgenx/*.so

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hvd_qgenx import Codec, Key, Levels, PayloadError, backends
 from hvd_qgenx.backends.specification.payload import crc32c
 from hvd_qgenx.codebook import CODERS
+from hvd_qgenx.payload import VERSION
 
 ROOT = Path(__file__).parent.parent
 BACKENDS = ("specification", "portable", *{backends.name()} - {"specification", "portable"})
@@ -165,7 +166,25 @@ def test_payloads_cut_differently_have_the_same_mean_on_every_backend():
 
 def _hostile(coder, lengths, levels, sections, numel, bucket_size=64, segments=1) -> bytes:
     """A payload with the right size and checksum, L2 norms and the given content."""
-    head = (b"QGNX", 3, 1, 0, CODERS.index(coder), len(levels), 0, 0, numel, segments, 0, bucket_size, 0, 0, 0, 0, 0)
+    head = (
+        b"QGNX",
+        VERSION,
+        1,
+        0,
+        CODERS.index(coder),
+        len(levels),
+        0,
+        0,
+        numel,
+        segments,
+        0,
+        bucket_size,
+        0,
+        0,
+        0,
+        0,
+        0,
+    )
     inline = struct.pack(f"<{len(levels)}f", *levels) + bytes(lengths)
     return _signed(struct.pack("<4sHBBBBHQQIIIQQIIQ", *head) + inline + sections)
 

@@ -100,7 +100,7 @@ def test_an_index_takes_both_and_shows_no_link_into_the_tree(built):
 
 
 def test_the_version_stands_once():
-    places = [*ROOT.glob("*.*"), *ROOT.glob("docs/*"), *(ROOT / "hvd_qgenx").rglob("*.py")]
+    places = [*ROOT.glob("*.*"), *ROOT.glob("docs/*.md"), *(ROOT / "hvd_qgenx").rglob("*.py")]
     found = {path.relative_to(ROOT).as_posix() for path in places if path.is_file() and _names_the_version(path)}
     assert found == {"hvd_qgenx/__init__.py", "CHANGELOG.md"}
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
