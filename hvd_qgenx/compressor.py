@@ -57,6 +57,7 @@ class FP16Compressor:
         return tensor if ctx is None else tensor.to(ctx)
 
 
+_AGREEMENT_SECONDS = 5.0
 _NOTHING = torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
@@ -368,7 +369,8 @@ class QGenXCompressor:
             self._exchange.describe([self._line, *lines], dtypes, sizes)
             self._described = weakref.ref(optimizer)
         with self._exchange.unbroken():
-            self._exchange.settle()
+            # A rank without this compression never comes: Horovod then finds its gradients unlike the others' tokens.
+            self._exchange.settle_within(_AGREEMENT_SECONDS)
 
     def _numbers(self, entries: list[float], call: _Call) -> list[int]:
         """For every rank, the number under which it kept the tensor that this token belongs to."""

@@ -11,17 +11,23 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx.exchange.message import DisagreementError, Envelope, Messenger
+from hvd_qgenx.transports import Pending
 
 
-def agree(messenger: Messenger, lines: Sequence[str], position: Sequence[int]) -> list[list[int]]:
+def start(messenger: Messenger, lines: Sequence[str], position: Sequence[int]) -> Pending:
+    """Sends a description, and how far this rank is, for ``agree``."""
+    text = "\n".join([json.dumps(position), *lines])
+    return messenger.start_body(Envelope(messenger.communication.number, 0, "agreement"), _tensor(text.encode()))
+
+
+def agree(messenger: Messenger, started: Pending) -> list[list[int]]:
     """Compares a description, line by line, with those of all ranks; returns the positions of all ranks.
 
     Raises:
         DisagreementError: on every rank, naming the first line that differs.
     """
-    text = "\n".join([json.dumps(position), *lines])
-    bodies = _gather(messenger, "agreement", text.encode())
-    described = [body.decode().split("\n") for body in bodies]
+    _, bodies = messenger.finish(started)
+    described = [body.numpy().tobytes().decode().split("\n") for body in bodies]
     members = messenger.transport.members
     for rank, (_, *other) in zip(members, described, strict=True):
         _compare_lines(described[0][1:], other, members[0], rank)

@@ -11,6 +11,7 @@ ranks, so that ``state_dict`` is equal on all of them.
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +23,14 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx.communication import Communication
+from hvd_qgenx.exchange import agreement
 from hvd_qgenx.exchange.agreement import agree, compare_replicas, leader_of, share_state
 from hvd_qgenx.exchange.message import DisagreementError, Envelope, Messenger
 from hvd_qgenx.layout import Part
-from hvd_qgenx.transports import Transport
+from hvd_qgenx.transports import Pending, Transport
 
 OPERATIONS = ("mean", "sum")
+_POLL_SECONDS = 1e-3
 
 #: This rank's term of a sum over ranks, made from its own vectors as all ranks will receive them.
 Term = Callable[[list["Tensor | None"]], float]
@@ -93,6 +96,8 @@ class Exchange(ABC):
         #: What every rank sent in the last exchange, if it was to be kept.
         self.kept: list[Tensor] | None = None
         self._agreed = False
+        # One that was started and is not over.
+        self._agreement: Pending | None = None
         # Whether an exception ended an exchange that other ranks may have made.
         self._interrupted = False
         self._epoch = transport.epoch
@@ -121,13 +126,35 @@ class Exchange(ABC):
         if self._interrupted:
             self._resume()
         if not self._agreed:
-            self._catch_up(agree(self.messenger, [*self.settings_lines(), *self.description], self._position()))
+            started, self._agreement = self._agreement or self._start_agreement(), None
+            self._catch_up(agree(self.messenger, started))
             self._agreed = True
+
+    def settle_within(self, seconds: float) -> bool:
+        """``settle``, unless some rank has not come after so long; says whether it is done, or is left to ``settle``.
+
+        For a caller who must not wait here, since a rank that will never come is found out elsewhere.
+        """
+        self.transport.check_started()
+        self._follow_epoch()
+        if not (self._agreed or self._interrupted):
+            self._agreement = self._agreement or self._start_agreement()
+            end = time.monotonic() + seconds
+            while not self._agreement.done():
+                if time.monotonic() > end:
+                    return False
+                time.sleep(_POLL_SECONDS)
+        self.settle()
+        return True
+
+    def _start_agreement(self) -> Pending:
+        return agreement.start(self.messenger, [*self.settings_lines(), *self.description], self._position())
 
     def _follow_epoch(self) -> None:
         """Where ranks have been connected anew all agree anew, and what was under way is gone with the old ones."""
         if self._epoch is not self.transport.epoch:
             self._epoch, self._agreed, self._interrupted = self.transport.epoch, False, False
+            self._agreement = None
         # What an earlier process of this rank may have left there.
         if not self._agreed and self.transport.board:
             self.transport.board.write("")
@@ -135,6 +162,7 @@ class Exchange(ABC):
     def _resume(self) -> None:
         """After an interrupted exchange: all ranks were interrupted and repeat it, or all of them raise."""
         self._interrupted = False  # it is told once; ranks that have parted have other counters
+        self._agreement = None
         self.messenger.drain()
         nothing = torch.zeros(0, dtype=torch.uint8, device="cpu")
         self.messenger.gather(self.envelope("interrupted"), nothing)
