@@ -125,7 +125,8 @@ def test_an_example_has_forty_lines(example):
 def test_a_state_takes_every_setting_of_the_compressor():
     theirs = inspect.signature(Compression.qgenx.__call__).parameters
     ours = inspect.signature(QGenXState).parameters
-    assert {name: p.default for name, p in theirs.items() if name != "process_set"} == {
+    # A module's hook needs no name, and its bucket is coded on the CPU.
+    assert {name: p.default for name, p in theirs.items() if name not in ("process_set", "name", "device")} == {
         name: p.default for name, p in ours.items() if name not in ("process_group", "exchange", "part_bytes")
     }
 
