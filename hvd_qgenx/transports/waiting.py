@@ -57,12 +57,22 @@ class Watched(Pending):
 
     def wait(self) -> Tensor:
         if not self._pending.done():
-            self._sleep()
+            self._sleep_or_take_leave()
         self.taken = True
         try:
             return self._pending.wait()
         except LostError as error:
             raise self._transport.lost(self._obituary(error)) from error
+
+    def _sleep_or_take_leave(self) -> None:
+        """A rank that a signal takes away does not wait here any more; one that gave up was here, as the others say."""
+        try:
+            self._sleep()
+        except LostError:
+            raise
+        except BaseException:
+            self._write("")
+            raise
 
     def _sleep(self) -> None:
         """Until it is done. Raises LostError after the time that was set."""

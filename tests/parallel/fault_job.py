@@ -56,13 +56,15 @@ def do_wrong():
 
 
 def train():
+    global start
     for step in range(AT + 2):
+        start = time.monotonic()
         optimizer.zero_grad()
         model(torch.randn(4, 40)).square().mean().backward()
         if step == AT and hvd.rank() == WRONG:
             do_wrong()
         if step == AT and hvd.rank() == 0 and FAULT == "preempted":
-            time.sleep(3)
+            time.sleep(4)
         optimizer.step()
 
 
