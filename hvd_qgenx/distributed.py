@@ -43,7 +43,7 @@ from hvd_qgenx.extragradient import OptimizerView, check_no_stock
 from hvd_qgenx.gradients import as_real, assign, real_type
 from hvd_qgenx.identity import Identity, identify
 from hvd_qgenx.overlap import PART_BYTES, Overlap
-from hvd_qgenx.rows import exchange_rows
+from hvd_qgenx.rows import announce, exchange_rows
 from hvd_qgenx.transports import Transport
 
 if TYPE_CHECKING:
@@ -524,7 +524,11 @@ class DistributedOptimizer(_Materialising):
             names = [self._ordered_names[i] for i, is_sparse in enumerate(sparse) if is_sparse]
             raise ValueError(f"the gradient of {names[0]} is sparse, which is not for QGenX: pass sparse_as_dense=True")
         # Where a gradient was sparse once, a rank without it must still take part.
-        self._sparse |= {i for i, is_sparse in enumerate(sparse) if is_sparse}
+        new = [i for i, is_sparse in enumerate(sparse) if is_sparse and i not in self._sparse]
+        if new and self._exchange.transport.size > 1:
+            starts = self._starts_iteration(self._coming_stage)
+            announce(self._exchange, [self._ordered_names[i] for i in new], starts)
+        self._sparse.update(new)
         rows = {i: gradients[i] for i in sorted(self._sparse)}
         for i, mean in exchange_rows(self._exchange, rows, self._ordered_names).items():
             parameters[i].grad = mean

@@ -38,13 +38,24 @@ def exchange_rows(
     return means
 
 
+def announce(exchange: Exchange, names: Sequence[str], starts_iteration: bool) -> None:
+    """Before the first rows of these parameters, in the way in which ranks wait that do not know of any.
+
+    Raises:
+        DisagreementError: on every rank, unless all announce some.
+    """
+    try:
+        exchange.meet("rows", starts_iteration)
+    except DisagreementError as error:
+        raise DisagreementError(
+            f"{error}; the gradient of {', '.join(names)} is sparse here: make it so on all ranks, or pass "
+            "sparse_as_dense=True"
+        ) from error
+
+
 def _gather(exchange: Exchange, gradients: Mapping[int, Tensor | None], names: Sequence[str]) -> list[dict]:
     own = {index: None if g is None else _packed(g.detach().coalesce()) for index, g in gradients.items()}
-    try:
-        _, bodies = exchange.messenger.gather(exchange.envelope("rows"), _written(own))
-    except DisagreementError as error:
-        here = f"the gradient of {_listed(own, names)} is sparse here"
-        raise DisagreementError(f"{error}; {here}: make it so on all ranks, or pass sparse_as_dense=True") from error
+    _, bodies = exchange.messenger.gather(exchange.envelope("rows"), _written(own))
     ranks = [torch.load(io.BytesIO(body.numpy().tobytes()), weights_only=True) for body in bodies]
     leader = exchange.transport.members[0]
     for rank, other in zip(exchange.transport.members, ranks, strict=True):

@@ -33,7 +33,7 @@ class Allgather(Plan):
         message = seal(replace(outgoing.envelope, term=term, sums=Sums.of(codec, drawn)), buffer, drawn.size)
         return AllgatherFlight(codec, self.messenger, self.messenger.start(message, part), drawn)
 
-    def refuse(self, envelope: Envelope) -> None:
+    def meet(self, envelope: Envelope) -> None:
         self.messenger.gather(envelope, torch.zeros(0, dtype=torch.uint8, device="cpu"))
 
 

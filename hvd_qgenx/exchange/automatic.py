@@ -135,11 +135,11 @@ class AutomaticExchange(Exchange):
     def collect(self, submitted: Any, names: Sequence[str]) -> Collected:
         return self._chosen_kind.collect(submitted, names)
 
-    def refuse(self, starts_iteration: bool = True, whole: bool = False) -> None:
+    def meet(self, stage: str, starts_iteration: bool = True, whole: bool = False) -> None:
         if self.kind is None:
-            super().refuse(starts_iteration, whole)
+            super().meet(stage, starts_iteration, whole)
         else:
-            self.kind.refuse(starts_iteration, whole)
+            self.kind.meet(stage, starts_iteration, whole)
 
     def last_as_received(self) -> list[Tensor | None] | None:
         return self.kind.last_as_received() if self.kind else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +18,6 @@ from hvd_qgenx.exchange.allgather import Allgather, AllgatherFlight, spoil
 from hvd_qgenx.exchange.cost import Way, Work, needs_no_measurement
 from hvd_qgenx.exchange.exchange import Collected, Exchange, Fused, Term, fuse
 from hvd_qgenx.exchange.measurement import measure_and_choose
-from hvd_qgenx.exchange.message import DisagreementError
 from hvd_qgenx.exchange.plan import Buffers, Codecs, Flight, Outgoing, Plan
 from hvd_qgenx.exchange.rehearsal import CODED, Rehearsal, rehearse
 from hvd_qgenx.exchange.two_phase import TwoPhase, fine_bits
@@ -259,11 +257,10 @@ class CodedExchange(Exchange):
         found = [mean if mean.numel() else None for mean in means]
         return Collected(found, submitted.flights[0].terms(), stage == "joined")
 
-    def refuse(self, starts_iteration: bool = True, whole: bool = False) -> None:
+    def meet(self, stage: str, starts_iteration: bool = True, whole: bool = False) -> None:
         comes_first = not self._agreed or (starts_iteration and self._is_due())  # an agreement, or statistics
         plan = self.allgather if comes_first or whole else self.plan
-        with contextlib.suppress(DisagreementError):
-            plan.refuse(self.envelope("refusal"))
+        plan.meet(self.envelope(stage))
 
     def _landed(self, flight: Flight) -> None:
         """Counts what the second rounding did, where there was one."""

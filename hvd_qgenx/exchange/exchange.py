@@ -281,8 +281,19 @@ class Exchange(ABC):
             starts_iteration, whole: as in that exchange; ``whole`` if it has a term or keeps vectors.
         """
         with contextlib.suppress(DisagreementError):
-            nothing = torch.zeros(0, dtype=torch.uint8, device="cpu")
-            self.messenger.gather(self.envelope("refusal"), nothing)
+            self.meet("refusal", starts_iteration, whole)
+
+    def meet(self, stage: str, starts_iteration: bool = True, whole: bool = False) -> None:
+        """Sends an envelope alone, in the way in which ranks wait that begin an exchange.
+
+        Args:
+            stage: what it says.
+            starts_iteration, whole: as of ``refuse``.
+
+        Raises:
+            DisagreementError: on every rank, unless all do the same.
+        """
+        self.messenger.gather(self.envelope(stage), torch.zeros(0, dtype=torch.uint8, device="cpu"))
 
     def compare_replicas(self, fingerprints: Sequence[bytes], names: Sequence[str]) -> None:
         """Raises DisagreementError on all ranks unless they hold the same tensors, by ``fingerprint`` of each."""

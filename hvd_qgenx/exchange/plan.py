@@ -131,7 +131,7 @@ class Plan(ABC):
         """Encodes and sends; returns at once."""
 
     @abstractmethod
-    def refuse(self, envelope: Envelope) -> None:
+    def meet(self, envelope: Envelope) -> None:
         """Sends an envelope alone in place of part 0, so that ranks that send theirs learn it; waits for them.
 
         Raises:

@@ -47,7 +47,7 @@ class TwoPhase(Plan):
     def start(self, codecs: Codecs, outgoing: Outgoing) -> TwoPhaseFlight:
         return TwoPhaseFlight(self, codecs, outgoing)
 
-    def refuse(self, envelope: Envelope) -> None:
+    def meet(self, envelope: Envelope) -> None:
         ranks, message = self.messenger.transport.size, seal(envelope, room_for(0), 0)
         pending = self.messenger.start_alltoall(message.repeat(ranks), [len(message)] * ranks, 0)
         members = self.messenger.transport.members
