@@ -524,6 +524,9 @@ class DistributedOptimizer(_Materialising):
             names = [self._ordered_names[i] for i, is_sparse in enumerate(sparse) if is_sparse]
             raise ValueError(f"the gradient of {names[0]} is sparse, which is not for QGenX: pass sparse_as_dense=True")
         # Where a gradient was sparse once, a rank without it must still take part.
+        if isinstance(self._exchange, HierarchicalExchange):
+            name = self._ordered_names[sparse.index(True)]
+            raise ValueError(f"the gradient of {name} is sparse: pass sparse_as_dense=True")
         new = [i for i, is_sparse in enumerate(sparse) if is_sparse and i not in self._sparse]
         if new and self._exchange.transport.size > 1:
             starts = self._starts_iteration(self._coming_stage)

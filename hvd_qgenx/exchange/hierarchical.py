@@ -180,12 +180,6 @@ class HierarchicalExchange(Exchange):
         self.within.refuse()
         self._refuse_across(starts_iteration)
 
-    def meet(self, stage: str, starts_iteration: bool = True, whole: bool = False) -> None:
-        if self._agreed:
-            self.within.meet(stage)
-        else:
-            super().meet(stage)
-
     def _refuse_across(self, starts_iteration: bool) -> None:
         if self.leads and self.hosts > 1:
             self.across.refuse(starts_iteration)

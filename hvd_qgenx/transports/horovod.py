@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -209,6 +210,7 @@ class Hosts(NamedTuple):
 
 #: Process sets made here, by their ranks: Horovod makes none twice and does not give one back.
 _MADE: dict[tuple[int, ...], hvd.ProcessSet] = {}
+_CALLS = itertools.count()
 
 
 def hosts_of(process_set, sets=None) -> Hosts | None:
@@ -224,7 +226,7 @@ def hosts_of(process_set, sets=None) -> Hosts | None:
     if sets is not None:
         return _given_hosts(process_set, sets)
     place = Place(hvd.local_rank(), hvd.local_size(), hvd.cross_rank())
-    places = [Place(*other) for other in hvd.allgather_object(tuple(place), name="hvd_qgenx.hosts")]
+    places = [Place(*other) for other in hvd.allgather_object(tuple(place), name=f"hvd_qgenx.hosts.{next(_CALLS)}")]
     ranks = process_set.ranks
     hosts = [[rank for rank in host if rank in ranks] for host in group(places)]
     hosts = [host for host in hosts if host]
