@@ -23,7 +23,6 @@ RUNS = [
     ("mpi", 2, "check_plans.py"),
     ("gloo", 3, "check_overlap.py"),
     ("gloo", 3, "check_faults.py"),
-    ("mpi", 2, "check_faults.py"),
     ("gloo", 2, "check_bytes.py"),
     ("gloo", 2, "check_gpu.py"),
     ("gloo", 2, "check_recipes.py"),
