@@ -1,7 +1,7 @@
 """Does a network learn as well when its gradients are coded? ResNet-18 on CIFAR-10's pictures, several seeds.
 
     torchrun --nproc-per-node 2 benchmarks/ddp_loss.py                             # 200 iterations, three seeds: hours
-    torchrun --nproc-per-node 2 benchmarks/ddp_loss.py --iterations 4 --width 4 --seeds 0 --results /tmp/loss.csv
+    torchrun --nproc-per-node 2 benchmarks/ddp_loss.py --iterations 4 --width 4 --seeds 0 --results loss.csv
     python benchmarks/ddp_loss.py --table                                          # Markdown from the committed rows
 
 The loader of train/ has pictures without labels, so the network learns by how many right angles each was turned, of
