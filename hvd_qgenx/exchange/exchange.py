@@ -237,7 +237,8 @@ class Exchange(ABC):
         except FloatingPointError:  # under nonfinite="raise": the exchange was made
             raise
         except (DisagreementError, ValueError):
-            self.counters = before
+            # All ranks got it, or one refused and the others learnt of it. They agree anew, wherever they go on from.
+            self.counters, self._agreed = before, False
             raise
         except BaseException:
             self.counters, self._interrupted = before, True
