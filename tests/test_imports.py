@@ -77,6 +77,7 @@ ROOMS = [
     "dual",
     "games",
     "overlap",
+    "connection",
     "distributed",
     "elastic",
     "ddp",

@@ -175,6 +175,14 @@ int check_room(uint64_t bound, uint64_t capacity, Failure &failure) {
                        (unsigned long long)capacity);
 }
 
+/* All is checked before the first byte is written. */
+int prepare(const qgenx_codebook &book, const qgenx_layout &cut, const qgenx_encoding &encoding, uint64_t capacity,
+            Layout &layout, Code &code, Failure &failure) {
+    if (prepare_layout(cut, layout, failure) || check_norm(encoding.norm, failure)) return failure.status;
+    if (prepare_code(book, false, code, failure)) return failure.status;
+    return check_room(bound_of(layout, code, encoding.inline_codebook ? inline_bytes(book) : 0), capacity, failure);
+}
+
 }  // namespace
 
 int encode(const qgenx_codebook &book, const qgenx_layout &cut, const qgenx_encoding &encoding,
@@ -182,10 +190,7 @@ int encode(const qgenx_codebook &book, const qgenx_layout &cut, const qgenx_enco
            int threads, const Kernels &kernels, Failure &failure) {
     Code code;
     Layout layout;
-    if (prepare_layout(cut, layout, failure) || check_norm(encoding.norm, failure)) return failure.status;
-    if (prepare_code(book, false, code, failure)) return failure.status;
-    uint64_t bound = bound_of(layout, code, encoding.inline_codebook ? inline_bytes(book) : 0);
-    if (check_room(bound, capacity, failure)) return failure.status;
+    if (prepare(book, cut, encoding, capacity, layout, code, failure)) return failure.status;
     bool asked = report.squared_error || report.squared_norm;
     std::vector<Sums> sums(asked ? layout.buckets : 0);
     Sections sections = write_header(book, encoding, layout, code, out);
@@ -233,10 +238,7 @@ int begin(const qgenx_codebook &book, const qgenx_layout &cut, const qgenx_encod
           uint8_t *spoiled, const Kernels &kernels, Failure &failure) {
     Code code;
     Layout layout;
-    if (prepare_layout(cut, layout, failure) || check_norm(encoding.norm, failure)) return failure.status;
-    if (prepare_code(book, false, code, failure)) return failure.status;
-    uint64_t bound = bound_of(layout, code, encoding.inline_codebook ? inline_bytes(book) : 0);
-    if (check_room(bound, capacity, failure)) return failure.status;
+    if (prepare(book, cut, encoding, capacity, layout, code, failure)) return failure.status;
     Sections sections = write_header(book, encoding, layout, code, out);
     memset(spoiled, 0, layout.num_segments);
     Encoder encoder{encoding, layout, code, kernels, segments, sections.norms, nullptr};

@@ -232,17 +232,23 @@ def interrupted(action, seconds=0.3):
     return False
 
 
-KINDS = {"none": Compression.none, "qgenx": Compression.qgenx(**FINE), "adapts": Compression.qgenx(adapt_at=(0, 1))}
-
-
-@pytest.mark.parametrize("compression", KINDS)
-def test_an_exchange_that_some_wait_for_and_that_one_was_kept_from_is_told_to_all_and_can_be_repeated(compression):
+def about_to_step(compression):
+    """A network and its optimizer after an iteration and the next backward; and the counters in between."""
     model = network()
     optimizer = wrapped(model, compression=KINDS[compression])
     iterate(model, optimizer)
     before = optimizer._exchange.counters
     optimizer.zero_grad()
     loss(model).backward()
+    return model, optimizer, before
+
+
+KINDS = {"none": Compression.none, "qgenx": Compression.qgenx(**FINE), "adapts": Compression.qgenx(adapt_at=(0, 1))}
+
+
+@pytest.mark.parametrize("compression", KINDS)
+def test_an_exchange_that_some_wait_for_and_that_one_was_kept_from_is_told_to_all_and_can_be_repeated(compression):
+    model, optimizer, before = about_to_step(compression)
 
     def keep_from(*_):
         raise Alarm
@@ -264,12 +270,7 @@ def test_an_exchange_that_some_wait_for_and_that_one_was_kept_from_is_told_to_al
 
 @pytest.mark.parametrize("compression", KINDS)
 def test_an_exchange_that_was_interrupted_on_all_ranks_once_all_had_sent_is_repeated(compression, monkeypatch):
-    model = network()
-    optimizer = wrapped(model, compression=KINDS[compression])
-    iterate(model, optimizer)
-    before = optimizer._exchange.counters
-    optimizer.zero_grad()
-    loss(model).backward()
+    model, optimizer, before = about_to_step(compression)
 
     def late(*_):
         raise Alarm
