@@ -5,6 +5,8 @@ Every function that takes a name is a collective: all ranks call it, in the same
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import launch
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ __all__ = [
 
 
 def versions() -> dict[str, str]:
-    return {} if launch.by_torchrun() else {"horovod": launch.horovod().__version__}
+    return {} if launch.by_torchrun() else {"horovod": version("horovod")}
 
 
 def gather(rows: torch.Tensor, name: str) -> torch.Tensor:

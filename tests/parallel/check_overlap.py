@@ -10,7 +10,7 @@ import torch
 from ranks import gathered, message_on_all_ranks, same_on_all_ranks
 
 import hvd_qgenx
-from hvd_qgenx import Compression, distributed
+from hvd_qgenx import Compression, connection
 
 RANKS = hvd.size()
 LAST = RANKS - 1
@@ -26,7 +26,7 @@ MAKES = {
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(distributed, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(connection, "PART_BYTES", PART_BYTES)
 
 
 def network():
@@ -501,7 +501,7 @@ def test_where_nothing_can_start_early_nothing_changes(choice):
 
 
 def test_a_network_of_one_part_starts_nothing_early(monkeypatch):
-    monkeypatch.setattr(distributed, "PART_BYTES", 2**20)
+    monkeypatch.setattr(connection, "PART_BYTES", 2**20)
     model, optimizer = run(lambda *pair: iterate(*pair, 2), True)
     loss(model).backward()
     assert not under_way(optimizer)

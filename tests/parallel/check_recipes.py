@@ -11,7 +11,7 @@ import torch
 from ranks import gathered, network, same_on_all_ranks
 
 import hvd_qgenx
-from hvd_qgenx import distributed, exchange
+from hvd_qgenx import connection, exchange
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 RECIPES = dict(re.findall(r"```python\n# recipe: (\w+)\n(.*?)```", PAGE, re.S))
@@ -175,7 +175,7 @@ def _half_steps(task, count):
 
 
 def test_overlap_ends_in_the_bits_of_the_same_parts_without_it(monkeypatch):
-    monkeypatch.setattr(distributed, "PART_BYTES", 4096)  # the network has 14 KB
+    monkeypatch.setattr(connection, "PART_BYTES", 4096)  # the network has 14 KB
     ends = []
     for recipe in (RECIPES["overlap"], RECIPES["overlap"].replace("overlap=True", "overlap=False")):
         task = Task()
