@@ -15,12 +15,13 @@ pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 FOLDER = Path(__file__).parent / "parallel"
 RUNS = [
     ("gloo", 3, "check_dropin.py"),
-    ("gloo", 3, "check_wrapper.py"),
+    ("gloo", 2, "check_wrapper.py"),
     ("gloo", 2, "check_habits.py"),
     ("gloo", 3, "check_adaptation.py"),
     ("gloo", 2, "check_drift.py"),
     ("gloo", 3, "check_plans.py"),
     ("mpi", 2, "check_plans.py"),
+    ("gloo", 2, "check_lanes.py"),
     ("gloo", 2, "check_overlap.py"),
     ("gloo", 3, "check_faults.py"),
     ("gloo", 2, "check_bytes.py"),
@@ -32,7 +33,7 @@ RUNS = [
     ("mpi", 2, "check_faults.py"),
 ]
 #: A timeline that may be started costs every operation some time, so it is there only where one is.
-VARIABLES = {"check_plans.py": {"HOROVOD_TIMELINE": "DYNAMIC"}}
+VARIABLES = {"check_lanes.py": {"HOROVOD_TIMELINE": "DYNAMIC"}}
 
 
 @pytest.mark.parametrize(("backend", "ranks", "file"), RUNS)

@@ -1,7 +1,6 @@
 """Plans and parts: what two phases, and several messages, change and what they must not."""
 
 import copy
-from pathlib import Path
 
 import horovod.torch as hvd
 import pytest
@@ -10,7 +9,6 @@ from ranks import gathered, loss, network, same_on_all_ranks
 
 import hvd_qgenx
 from hvd_qgenx import Compression
-from hvd_qgenx.transports.horovod import HorovodTransport
 
 RANKS = hvd.size()
 PLANS = ("allgather", "two_phase")
@@ -254,23 +252,3 @@ def test_a_rank_that_cannot_send_tells_the_others_in_the_way_they_wait(plan, mad
     messages = gathered(str(raised.value))
     assert "the gradient of parameter.0.0 is sparse here: make it so on all ranks" in messages[-1]
     assert all(f"rank {RANKS - 1} at exchange {made} (rows)" in message for message in messages)
-
-
-def _joined(tmp_path, lanes) -> bool:
-    """Whether Horovod copies operations of these lanes, which wait at the same time, into one; from its timeline."""
-    transport = HorovodTransport()
-    path = f"{tmp_path}/timeline-{hvd.rank()}.json"
-    hvd.start_timeline(path)
-    for round_ in range(10):
-        message = torch.zeros(2**16, dtype=torch.uint8)
-        pending = [transport.allgather(message, f"lanes.{lanes}.{i}", lane) for i, lane in enumerate(lanes)]
-        assert all(len(operation.wait()) == RANKS * 2**16 for operation in pending), round_
-    hvd.barrier()
-    hvd.stop_timeline()
-    found = "MEMCPY_IN_FUSION_BUFFER" in Path(path).read_text() if hvd.rank() == 0 else None
-    return hvd.broadcast_object(found, name="joined")
-
-
-def test_parts_that_wait_at_the_same_time_arrive_one_by_one(tmp_path):
-    assert not _joined(tmp_path, (0, 1, 2, 3, 4))
-    assert _joined(tmp_path, (0, 0, 0, 0, 0)), "and the timeline tells: of one lane they are joined"
