@@ -47,6 +47,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 _INFINITE = 0x7F800000  # as bits
 _BLOCK = 2**22  # coordinates of a squared error at once
 _WEIGHT_BITS, _NO_WEIGHT = 20, -(2**15)
+_TABLES_BYTES = 2 * 512 + 64 + 400 + 512 + 512  # the kernels' ``Tables``
+_FEW_WORDS = TILE * 8 // 32 + 2  # of a bucket's code under few levels, at most
 
 
 class Cut(NamedTuple):
@@ -78,7 +80,7 @@ class Kernels(Backend):
         self._core = Compiled(best_path())
         # A cache of this object's, so that it ends with it.
         self._cut = lru_cache(maxsize=64)(self._cut)  # type: ignore[method-assign]
-        self._symbols = lru_cache(maxsize=16)(self._symbols)  # type: ignore[method-assign]
+        self._tables = lru_cache(maxsize=16)(self._tables)  # type: ignore[method-assign]
 
     # ---- what is kept on a device ------------------------------------------------------------------------------------
 
@@ -92,15 +94,17 @@ class Kernels(Backend):
         buckets["position"] = (np.cumsum(sizes) - sizes)[segment] + offset
         buckets["offset"], buckets["segment"] = offset, segment
         buckets["count"] = np.minimum(sizes[segment] - offset, layout.bucket_size)
+        buckets["number"], buckets["unused"] = np.arange(len(segment)) - first, 0
         longest = int(buckets["count"].max(initial=1))
         return Cut(self.device.upload(buckets, where), len(buckets), -(-longest // TILE))
 
-    def _symbols(self, codebook: Codebook, where: torch.device) -> Tensor:
-        return self.device.upload(tables_of(codebook).symbols, where)
+    def _tables(self, codebook: Codebook, where: torch.device) -> tuple[Tensor, ...]:
+        tables = tables_of(codebook)
+        return tuple(self.device.upload(array, where) for array in (tables.symbols, tables.values, tables.bins))
 
     def _book(self, codebook: Codebook, where: torch.device) -> Book:
         book = Book.from_buffer_copy(tables_of(codebook).book)
-        book.symbols = self._symbols(codebook, where).data_ptr()
+        book.symbols, book.values, book.bins = map(Tensor.data_ptr, self._tables(codebook, where))
         return book
 
     # ---- encode ------------------------------------------------------------------------------------------------------
@@ -199,7 +203,7 @@ class _Coding:
         count = self.cut.num_buckets
         self._pointers = backend._pointers(segments, where)
         most = codebook.code.most_bytes(layout.bucket_size)
-        self.stride = -(-most // 4)
+        self.stride = _aligned(most) // 4
         places = np.cumsum([0, 16 * count, 8 * COPIES * (MAX_LEVELS + 1), 4 * count, 2 * count])
         self._sums, self._counts, self._norms, self._lengths, self._size = map(int, places)
         self._report = torch.empty(self._size, dtype=torch.uint8, device=where)
@@ -241,10 +245,10 @@ class _Coding:
             self._report[self._norms : self._lengths].copy_(self._arrived[self._norms : self._lengths])
         self.job.norms_known = again
         wide, search = self.cut.wide, self.tables.search
-        words = self.stride + 2 if wide or search == "any" else TILE * 8 // 32 + 2
+        words = self.stride + 2 if wide or search == "any" else _FEW_WORDS
         self.device.launch(
             "encode_wide" if wide else f"encode_{search}", self.job, self.where, *self.cut.grid(),
-            2048 + _room(words, self.cut),
+            _TABLES_BYTES + _room(words, self.cut),
         )  # fmt: skip
         self._gather()
         self._arrived.copy_(self._report, non_blocking=True)
@@ -357,12 +361,12 @@ class _Decoding:
             address + sections.at("coded"), sections.num_words, sections.ends(on_device).data_ptr(),
             address + sections.at("lengths"), address + sections.at("norms"), address + sections.at("sources"),
             address + sections.at("todo"), self._wrong.data_ptr(), end - first, len(self.targets), layout.bucket_size,
-            self.divisor, self.factor, cut.warps,
+            self.divisor, self.factor, _inverse(len(self.payloads)), cut.warps,
         )  # fmt: skip
         kernel = "decode_wide" if cut.wide else "decode_few" if few else "decode_any"
         most = self.books[first].code.most_bytes(min(layout.bucket_size, TILE * cut.warps))
         marks = 4 * (32 * cut.warps + 2) * (1 if cut.wide else WARPS)
-        shared = 1024 + _aligned(marks) + _room(-(-most // 4) + 3, cut)
+        shared = 1024 + _aligned(marks) + _room(_FEW_WORDS if few else -(-most // 4) + 3, cut)
         self.device.launch(kernel, job, self.where, *cut.grid(), shared)
 
     def _layout(self, payload: int) -> Layout:
@@ -439,6 +443,11 @@ class _Sections:
     def _coded(self, number: int) -> Tensor:
         payload, place = self._payload(number)
         return payload[place.coded : len(payload) - CHECKSUM.size]
+
+
+def _inverse(count: int) -> float:
+    """1 / count where a float32 times it rounds to the quotient in float32: the kernels' ``finished``. Else 0."""
+    return 1 / count if count % 2 or count & (count - 1) == 0 else 0.0
 
 
 def _fixed_bytes(counts: np.ndarray, width: int, norms: Tensor) -> np.ndarray:
