@@ -1,9 +1,9 @@
 """Instructions for each coordinate of the kernels that most gradients take, counted in the machine code.
 
 python tests/gpu/instructions.py [cuobjdump] compiles for sm_90 what 4 bits fitted have, words of 3 to 5 bits, with
-these numbers put in as constants, and left out what they do not need: norms beyond 2^-80 to 2^80, targets that hold
-a sum already, and divisions by an even number. All that stands before the first cold block counts once, and what a loop over
-payloads holds as often as there are payloads. These are static counts, not times.
+these numbers put in as constants, and left out what they do not need: norms beyond 2^-80 to 2^80, targets that hold a
+sum already, and divisions by an even number. All that stands before the first cold block counts once, and what a loop
+over payloads holds as often as there are payloads. These are static counts, not times.
 """
 
 from __future__ import annotations

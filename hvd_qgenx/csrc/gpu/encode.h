@@ -112,10 +112,10 @@ DEVICE int write_any(const Book &book, const Tables &tables, const unsigned *nam
     return write_words<16>(book, planes, alive, cursor, !book.runs, group, words);
 }
 
-/* What a bucket's kernel tells beside its code. */
-DEVICE void report(const EncodeJob &job, long long bucket, float norm, double error, double squares) {
+/* What a bucket's kernel tells beside its code, as soon as it knows, so that no register keeps it. */
+DEVICE void report(const EncodeJob &job, long long bucket, float norm, double squares) {
     job.norms[bucket] = norm;
-    job.sums[2 * bucket] = error;
+    job.sums[2 * bucket] = 0.0;
     job.sums[2 * bucket + 1] = squares;
 }
 
@@ -160,9 +160,10 @@ DEVICE void encode_bucket(const EncodeJob &job, long long bucket, const Group<WI
     double squares;
     float norm = norm_of(job, bucket, v, group, room.carry, squares);
     if (!has_code(norm)) {
-        if (group.rank() == 0) report(job, bucket, norm, 0.0, 0.0), job.lengths[bucket] = 0;
+        if (group.rank() == 0) report(job, bucket, norm, 0.0), job.lengths[bucket] = 0;
         return;
     }
+    if (group.rank() == 0) report(job, bucket, norm, squares);
     Rounding r{job.book, tables.levels, tables.gaps, 0.0f, 0.0f, 0.0f, 0.0f, 0, 0, 0, 0};
     set_norm(r, norm);
     set_counter(r, job.key, place.position, group);
@@ -174,7 +175,7 @@ DEVICE void encode_bucket(const EncodeJob &job, long long bucket, const Group<WI
         clear_few(reinterpret_cast<uint4 *>(room.code), group.lane);
     }
     double error = squares_of<false>(v, group, room.carry);
-    if (group.rank() == 0) report(job, bucket, norm, error, squares);
+    if (group.rank() == 0) job.sums[2 * bucket] = error;
     group.sync();
     unsigned *code = job.codes + bucket * job.stride;
     int bits;
