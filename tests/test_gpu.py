@@ -97,6 +97,19 @@ def _frequent(levels):
     return Codec(levels, "huffman", counts=tuple(2 ** (8 - m) for m in range(levels.num_levels + 1)))
 
 
+@pytest.mark.parametrize("coder", ["huffman", "elias"])
+def test_minus_zero_is_not_negative_even_where_a_norm_makes_several_levels_zero(folder, core, coder):
+    codec = Codec(Levels((0.0, 0.001, 0.002, 1.0)), coder, counts=(8, 4, 2, 1) if coder == "huffman" else None)
+    vector = torch.full((64,), -0.0)
+    vector[0] = 2.0**-140
+    payloads = []
+    for backend in (core, emulated(folder)):
+        layout, out = codec.layout([64]), torch.zeros(codec.bound(64), dtype=torch.uint8)
+        drawn = backend.encode(codec.codebook, codec.norm, layout, Key(0, 0, 0), [vector], out, False)
+        payloads.append(out[: drawn.size])
+    assert torch.equal(*payloads) and drawn.counts[2] > 50
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 31])
 @pytest.mark.parametrize("scale", [2.0**-147, 2.0**-140, 2.0**-126, 1.0, 2.0**118])
 def test_means_of_any_number_of_payloads_are_rounded_as_by_the_core(folder, core, count, scale):

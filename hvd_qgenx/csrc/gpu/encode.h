@@ -65,7 +65,7 @@ DEVICE void round_any(const Rounding &r, float *v, int count, const Tables &tabl
         for (int i = 0; i < 2; i++) {
             float value = v[t + i];
             unsigned index = index_of(value, r, draws[i], small);
-            own[ROW * (t / 2) + 16 * i] = (unsigned char)(index | __float_as_uint(value) >> 31 << 7);
+            own[ROW * (t / 2) + 16 * i] = (unsigned char)(index | unsigned(value < 0.0f) << 7);
             if (16 * (t + i) < left) atomicAdd(counts + index, 1u);
             v[t + i] = __fsub_rn(__fmul_rn(tables.levels[index], r.norm), fabsf(value));
         }

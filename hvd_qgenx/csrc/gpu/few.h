@@ -100,7 +100,9 @@ DEVICE void round_few(const Rounding &r, float *v, const FewTables &tables, cons
             float value = v[t + i];
             unsigned index =
                 PLAIN ? few_index<SEARCH>(value, r, draws[i], tables) : index_of(value, r, draws[i], small);
-            int name = int(__funnelshift_l(__float_as_uint(value), index, 1)); /* 2 index + [v < 0] */
+            /* 2 index + [v < 0]. The index of -0 is 0, whose word has no sign, but where several levels are 0 at once. */
+            float sign = PLAIN || value < 0.0f ? value : 0.0f;
+            int name = int(__funnelshift_l(__float_as_uint(sign), index, 1));
             words[i] = __shfl_sync(ALL, symbol.word, name);
             v[t + i] = __fsub_rn(__shfl_sync(ALL, symbol.decoded, name), fabsf(value));
         }
