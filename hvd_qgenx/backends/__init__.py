@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from hvd_qgenx.backends.backend import Backend, Drawn, device_of
+from hvd_qgenx.backends.backend import Backend, DeviceError, Drawn, device_of
 from hvd_qgenx.backends.compiled import Compiled, best_path
 from hvd_qgenx.backends.specification import Specification
 
@@ -22,6 +22,7 @@ __all__ = [
     "BACKENDS",
     "SWITCH",
     "Backend",
+    "DeviceError",
     "Drawn",
     "backend_of",
     "device_of",

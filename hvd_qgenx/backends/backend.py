@@ -17,6 +17,10 @@ from hvd_qgenx.payload import Header
 FORMS = ("histogram", "normal")  # of statistics
 
 
+class DeviceError(RuntimeError):
+    """A device that cannot do what was asked of it; the message says what failed."""
+
+
 @dataclass(frozen=True)
 class Drawn:
     """What one encoding was like.

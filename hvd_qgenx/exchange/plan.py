@@ -131,6 +131,10 @@ class Plan(ABC):
         """Encodes and sends; returns at once."""
 
     @abstractmethod
+    def withdraw(self, envelope: Envelope) -> None:
+        """Sends an envelope alone in place of the message of its part and phase; waits for nothing."""
+
+    @abstractmethod
     def meet(self, envelope: Envelope) -> None:
         """Sends an envelope alone in place of part 0, so that ranks that send theirs learn it; waits for them.
 

@@ -21,6 +21,7 @@ from hvd_qgenx.backends.backend import Backend, Drawn, device_of
 from hvd_qgenx.backends.compiled import Compiled, best_path
 from hvd_qgenx.backends.cuda import host
 from hvd_qgenx.backends.cuda.device import Device, DeviceError
+from hvd_qgenx.backends.cuda.failures import failures_of
 from hvd_qgenx.backends.cuda.jobs import (
     ADD,
     BUCKET,
@@ -110,6 +111,13 @@ class Kernels(Backend):
     # ---- encode ------------------------------------------------------------------------------------------------------
 
     def encode(self, codebook, norm, layout, key, segments, out, inline):
+        with failures_of(self.name):
+            return self._encode(codebook, norm, layout, key, segments, out, inline)
+        with failures_of(self.name, falls_back=False):
+            copies = [segment.cpu() for segment in segments]
+            return self._core.encode(codebook, norm, layout, key, copies, out, inline)
+
+    def _encode(self, codebook, norm, layout, key, segments, out, inline):
         _check(segments, layout)
         where = device_of(segments, out.device)
         coding = _Coding(self, codebook, norm, layout, key, segments, where)
@@ -131,6 +139,16 @@ class Kernels(Backend):
     # ---- decode ------------------------------------------------------------------------------------------------------
 
     def decode_mean(self, codebook, payloads, targets, sections=None, factor=1.0):
+        with failures_of(self.name):
+            return self._decode_mean(codebook, payloads, targets, sections, factor)
+        with failures_of(self.name, falls_back=False):
+            copies = [target.cpu() for target in targets]
+            broken = self._core.decode_mean(codebook, payloads, copies, sections, factor)
+            for target, copy in zip(targets, copies, strict=True):
+                target.copy_(copy)
+            return broken
+
+    def _decode_mean(self, codebook, payloads, targets, sections, factor):
         _check_pointers(targets)
         lengths = list(map(Tensor.numel, targets))
         located = host.locate(codebook, payloads, lengths, sections, factor)
@@ -154,6 +172,12 @@ class Kernels(Backend):
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
     def statistics(self, norm, layout, segments, form):
+        with failures_of(self.name):
+            return self._statistics(norm, layout, segments, form)
+        with failures_of(self.name, falls_back=False):
+            return self._core.statistics(norm, layout, [segment.cpu() for segment in segments], form)
+
+    def _statistics(self, norm, layout, segments, form):
         _check(segments, layout)
         where = device_of(segments, torch.device("cpu"))
         cut, size = self._cut(layout, where), NUM_BINS if form == "histogram" else 3

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvd_qgenx.backends.backend import DeviceError
 
-class DeviceError(RuntimeError):
-    """A device that cannot do what was asked of it; the message says what failed."""
+__all__ = ["Device", "DeviceError"]
 
 
 class Device(ABC):
