@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx.adaptation import Settings, Statistics, fit
-from hvd_qgenx.backends import DeviceError, device_of
+from hvd_qgenx.backends import DeviceError, announced, device_of
 from hvd_qgenx.codec import Codec, as_segment
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.drift import Drift, Sums
@@ -186,12 +186,18 @@ class CodedExchange(Exchange):
         # Levels of the mean are fitted to one that all ranks know to the bit, before they are used.
         plan = self.allgather if self._fits_mean else self.plan
         flights: dict[int, Flight] = {}
-        with self._or_withdrawn(plan, flights):
+        cuts = [part.cut(fused.segments) for part in parts]
+        with self._or_withdrawn(plan, flights), self._announced(plan, cuts, parts):
             for index, part in enumerate(parts):
-                segments = part.cut(fused.segments)
-                flights[index] = plan.start(self._codecs, self._outgoing(segments, part, index, stage))
+                flights[index] = plan.start(self._codecs, self._outgoing(cuts[index], part, index, stage))
         self._departed(list(flights.values()))
         return Submitted(fused, parts, list(flights.values()))
+
+    def _announced(self, plan: Plan, cuts: Sequence[Sequence[Tensor]], parts: Sequence[Part]):
+        """In which these parts are encoded: where they lie on a device, the next is fetched meanwhile."""
+        return announced(
+            [group for cut, part in zip(cuts, parts, strict=True) for group in plan.groups(cut, part.layout)]
+        )
 
     @contextmanager
     def _or_withdrawn(self, plan: Plan, flights: dict[int, Flight]) -> Iterator[None]:

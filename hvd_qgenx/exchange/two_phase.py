@@ -23,7 +23,7 @@ from hvd_qgenx.drift import Sums
 from hvd_qgenx.exchange.allgather import Arrived
 from hvd_qgenx.exchange.message import ENVELOPE_BYTES, Envelope, compare, room_for, seal, size_class, split
 from hvd_qgenx.exchange.plan import Codecs, Flight, Outgoing, Plan
-from hvd_qgenx.layout import Part
+from hvd_qgenx.layout import Layout, Part
 from hvd_qgenx.payload import bound
 from hvd_qgenx.transports import Pending
 
@@ -46,6 +46,9 @@ class TwoPhase(Plan):
 
     def start(self, codecs: Codecs, outgoing: Outgoing) -> TwoPhaseFlight:
         return TwoPhaseFlight(self, codecs, outgoing)
+
+    def groups(self, segments: Sequence[Tensor], whole: Layout) -> list[Sequence[Tensor]]:
+        return [shard.cut(segments) for shard in whole.shards(self.messenger.transport.size)]
 
     def withdraw(self, envelope: Envelope) -> None:
         if envelope.phase:

@@ -118,7 +118,7 @@ class Kernels(Backend):
             return self._core.encode(codebook, norm, layout, key, copies, out, inline)
 
     def _encode(self, codebook, norm, layout, key, segments, out, inline):
-        _check(segments, layout)
+        check_segments(segments, layout)
         where = device_of(segments, out.device)
         coding = _Coding(self, codebook, norm, layout, key, segments, where)
         raw = [segment.reshape(-1) for segment in segments if segment.numel() < layout.min_numel]
@@ -149,7 +149,7 @@ class Kernels(Backend):
             return broken
 
     def _decode_mean(self, codebook, payloads, targets, sections, factor):
-        _check_pointers(targets)
+        check_pointers(targets)
         lengths = list(map(Tensor.numel, targets))
         located = host.locate(codebook, payloads, lengths, sections, factor)
         where = device_of(targets, torch.device("cpu"))
@@ -178,7 +178,7 @@ class Kernels(Backend):
             return self._core.statistics(norm, layout, [segment.cpu() for segment in segments], form)
 
     def _statistics(self, norm, layout, segments, form):
-        _check(segments, layout)
+        check_segments(segments, layout)
         where = device_of(segments, torch.device("cpu"))
         cut, size = self._cut(layout, where), NUM_BINS if form == "histogram" else 3
         sums = torch.zeros(2, COPIES, size, dtype=torch.int64, device=where)
@@ -506,14 +506,14 @@ def _room(words: int, cut: Cut) -> int:
     return _aligned(4 * (MOST_WARPS + 4)) + 8 * 16 + _aligned(both)
 
 
-def _check(segments: Sequence[Tensor], layout: Layout) -> None:
+def check_segments(segments: Sequence[Tensor], layout: Layout) -> None:
     if tuple(map(Tensor.numel, segments)) != layout.sizes:
         found = sum(map(Tensor.numel, segments))
         raise ValueError(f"segments must have the layout's {layout.numel} coordinates, got {found}")
-    _check_pointers(segments)
+    check_pointers(segments)
 
 
-def _check_pointers(segments: Sequence[Tensor]) -> None:
+def check_pointers(segments: Sequence[Tensor]) -> None:
     """Kernels believe pointers: what they do not fit must stop here."""
     for segment in segments:
         if segment.dtype is not torch.float32 or not segment.is_contiguous():
