@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from hvd_qgenx.exchange.message import (
 from hvd_qgenx.exchange.plan import Codecs, Flight, Outgoing, Plan
 from hvd_qgenx.payload import PayloadError, bound, peek
 from hvd_qgenx.transports import Pending
+from hvd_qgenx.transports.waiting import kept
 
 
 class Allgather(Plan):
@@ -82,11 +82,11 @@ class AllgatherFlight(Flight):
         with self.messenger.communication.measure("decode"):
             return arrived.mean_into(targets, factor)
 
-    @cached_property
+    @kept
     def _messages(self) -> tuple[list[Envelope], list[Tensor]]:
         return split(self.messenger.wait(self.pending), self.messenger.transport.members)
 
-    @cached_property
+    @kept
     def arrived(self) -> Arrived:
         """All ranks' payloads; waits for them when first asked."""
         envelopes, payloads = self._messages

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from hvd_qgenx.exchange.plan import Codecs, Flight, Outgoing, Plan
 from hvd_qgenx.layout import Layout, Part
 from hvd_qgenx.payload import bound
 from hvd_qgenx.transports import Pending
+from hvd_qgenx.transports.waiting import kept
 
 
 def fine_bits(bits: int, ranks: int) -> int:
@@ -100,7 +100,7 @@ class TwoPhaseFlight(Flight):
     def landed(self) -> list[Envelope]:
         return self._messages[0]
 
-    @cached_property
+    @kept
     def _messages(self) -> tuple[list[Envelope], list[Tensor]]:
         """All ranks' payloads of the shard that this rank owns."""
         return split(self.messenger.wait(self._pending), self.messenger.transport.members)

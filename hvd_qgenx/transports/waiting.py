@@ -10,12 +10,14 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
 from hvd_qgenx.transports import LostError, Patience, Pending, Transport
 
 VARIABLE = "HVD_QGENX_TIMEOUT"
+Kept = TypeVar("Kept")
 
 _LOG = logging.getLogger("hvd_qgenx")
 #: A wait is looked at again after 1/32 of its length so far, so that it lasts 3 % longer at most; within these limits.
@@ -36,6 +38,21 @@ def seconds(name: str, value: float | None) -> float:
     if not 0 <= number < float("inf"):
         raise ValueError(f"{name} must be a number of seconds, 0 for no limit, got {given!r}")
     return number
+
+
+class kept(Generic[Kept]):
+    """A property that waits for other ranks when first asked, and is kept.
+
+    Until Python 3.12 ``functools.cached_property`` holds one lock for all objects of a class meanwhile. Of two threads
+    that wait in two exchanges one rank would let the first go on and another rank the second, and both for ever.
+    """
+
+    def __init__(self, find: Callable[[Any], Kept]):
+        self._find, self._name = find, find.__name__
+
+    def __get__(self, owner: object, kind: type | None = None) -> Kept:
+        found = vars(owner)[self._name] = self._find(owner)
+        return found
 
 
 class Watched(Pending):

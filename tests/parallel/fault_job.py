@@ -6,6 +6,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -49,6 +50,8 @@ def do_wrong():
     if FAULT == "absent":
         time.sleep(12)
         os._exit(0)
+    if FAULT == "cut":
+        subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
     if FAULT == "preempted":
         # What a batch system does to a rank that waits for the others; rank 0 is late for that.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
