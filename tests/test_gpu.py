@@ -1,6 +1,7 @@
 """Kernels of a GPU without one: run by the CPU from the same text, and compiled by NVRTC where that is installed."""
 
 import ctypes
+import importlib
 import os
 import re
 import shutil
@@ -243,6 +244,40 @@ def test_a_compiler_that_refuses_the_source_says_why(has_nvrtc, monkeypatch):
     monkeypatch.setattr(nvrtc, "source", lambda: {"kernels.cu": b"int kernel( {"})
     with pytest.raises(DeviceError, match="the kernels do not compile: .*error"):
         nvrtc.compile_for("sm_90")
+
+
+# ---- the benchmark, whose measuring needs a device -------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_speed(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER.parents[1] / "benchmarks"))
+    return importlib.import_module("gpu_speed")
+
+
+def test_the_benchmark_s_check_passes_and_fails_as_the_kernels_do(folder, gpu_speed, monkeypatch, capsys):
+    kernels = emulated(folder)
+    gpu_speed.check(kernels, 10, 10)
+    assert capsys.readouterr().out.startswith("10 cases and 10 damaged payloads, ")
+    launch = kernels.device.launch
+
+    def other_draws(name, job, *arguments):
+        if name.startswith("encode"):
+            job.key[0] ^= 1
+        launch(name, job, *arguments)
+
+    monkeypatch.setattr(kernels.device, "launch", other_draws)
+    with pytest.raises(SystemExit, match="differs on the device: bytes"):
+        gpu_speed.check(kernels, 10, 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_ends_without_a_gpu_and_says_so(gpu_speed, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu_speed.py", "--check", "--results", str(tmp_path / "rows.csv")])
+    with pytest.raises(SystemExit, match="2"):
+        gpu_speed.main()
+    assert "no kernels can run here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # ---- what a user is told ---------------------------------------------------------------------------------------------
