@@ -91,10 +91,11 @@ class AheadExchange(CodedExchange):
         vectors = self.fuse([None] * len(self.sizes)) if self._void else fused
         said = "void" if self._void else stage
         flights, self._flights, self._void = self._flights, {}, False
-        with self._or_withdrawn(self.plan, flights):
-            for index, part in reversed(list(enumerate(self.parts()))):
-                if index not in flights:
-                    flights[index] = self._send(part.cut(vectors.segments), index, said)
+        missing = [(index, part) for index, part in reversed(list(enumerate(self.parts()))) if index not in flights]
+        cuts = [part.cut(vectors.segments) for _, part in missing]
+        with self._or_withdrawn(self.plan, flights), self._announced(self.plan, cuts, [part for _, part in missing]):
+            for (index, _), cut in zip(missing, cuts, strict=True):
+                flights[index] = self._send(cut, index, said)
         return [flights[index] for index in range(len(self.parts()))]
 
     def _send(self, segments: Sequence[Tensor], index: int, stage: str) -> Flight:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -193,7 +193,9 @@ class CodedExchange(Exchange):
         self._departed(list(flights.values()))
         return Submitted(fused, parts, list(flights.values()))
 
-    def _announced(self, plan: Plan, cuts: Sequence[Sequence[Tensor]], parts: Sequence[Part]):
+    def _announced(
+        self, plan: Plan, cuts: Sequence[Sequence[Tensor]], parts: Sequence[Part]
+    ) -> AbstractContextManager[None]:
         """In which these parts are encoded: where they lie on a device, the next is fetched meanwhile."""
         return announced(
             [group for cut, part in zip(cuts, parts, strict=True) for group in plan.groups(cut, part.layout)]

@@ -12,8 +12,7 @@ from ranks import gathered, loss, message_on_all_ranks, network, same_on_all_ran
 import hvd_qgenx
 from hvd_qgenx import PayloadError, backends, connection
 from hvd_qgenx.backends.cuda import host
-from hvd_qgenx.exchange import DisagreementError, coded
-from hvd_qgenx.exchange.message import WithdrawnError
+from hvd_qgenx.exchange import DisagreementError, WithdrawnError, coded
 from hvd_qgenx.payload import CHECKSUM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
