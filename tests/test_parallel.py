@@ -21,22 +21,23 @@ RUNS = [
     ("gloo", 2, "check_drift.py"),
     ("gloo", 3, "check_plans.py"),
     ("mpi", 2, "check_plans.py"),
-    ("gloo", 3, "check_overlap.py"),
+    ("gloo", 2, "check_overlap.py"),
     ("gloo", 3, "check_faults.py"),
     ("gloo", 2, "check_bytes.py"),
     ("gloo", 2, "check_gpu.py"),
     ("gloo", 2, "check_recipes.py"),
     ("gloo", 2, "check_training.py"),
-    ("gloo", 2, "check_probe.py"),
     ("gloo", 3, "check_probe.py"),
     ("mpi", 2, "check_dropin.py"),
-    ("mpi", 2, "check_wrapper.py"),
+    ("mpi", 2, "check_faults.py"),
 ]
+#: A timeline that may be started costs every operation some time, so it is there only where one is.
+VARIABLES = {"check_plans.py": {"HOROVOD_TIMELINE": "DYNAMIC"}}
 
 
 @pytest.mark.parametrize(("backend", "ranks", "file"), RUNS)
 def test_every_rank_passes(backend, ranks, file):
-    done = run_ranks(backend, ranks, _pytest(file))
+    done = run_ranks(backend, ranks, _pytest(file), **VARIABLES.get(file, {}))
     assert done.returncode == 0, done.stdout[-8000:]
 
 
@@ -45,10 +46,17 @@ def test_whole_runs_end_in_the_same_bits_as_ever():
     assert done.returncode == 0, done.stdout[-8000:]
 
 
-@pytest.mark.parametrize("hosts", ["localhost:2,127.0.0.1:2", "localhost:1,127.0.0.1:3", "localhost:4"])
-def test_every_rank_of_several_hosts_passes(hosts):
+#: What the way in which ranks lie on hosts decides.
+WHERE = "bit or hosts or one_host or process_set or counted"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "chosen"),
+    [("localhost:2,127.0.0.1:2", ""), ("localhost:1,127.0.0.1:3", WHERE), ("localhost:4", WHERE)],
+)
+def test_every_rank_of_several_hosts_passes(hosts, chosen):
     """One machine under two names: Horovod counts local ranks for each."""
-    done = run_ranks("gloo", 4, _pytest("check_hierarchical.py"), hosts=hosts)
+    done = run_ranks("gloo", 4, [*_pytest("check_hierarchical.py"), "-k", chosen], hosts=hosts)
     assert done.returncode == 0, done.stdout[-8000:]
 
 
@@ -111,7 +119,6 @@ def run_ranks(
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
-        "HOROVOD_TIMELINE": "DYNAMIC",  # a test asks for one
         **variables,
     }
     return subprocess.run(
