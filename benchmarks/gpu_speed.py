@@ -35,11 +35,12 @@ COLUMNS = ["commit", "date", "device", "driver", "coordinates", "row", "millisec
 PAYLOADS = 3
 
 
-def check(cases: int, damaged: int) -> None:
-    """Compares drawn cases on the device with the core; ends at the first that differs."""
+def check(ours, cases: int, damaged: int) -> None:
+    """Compares drawn cases on a device, by a backend for vectors on the CPU, with the core; ends at the first that
+    differs."""
     from cases import Case, compare, compare_damaged
 
-    ours, core = OnDevice(), Compiled(best_path())
+    core = Compiled(best_path())
     for number in range(cases):
         if wrong := compare(Case(number), ours, core):
             raise SystemExit(f"case {number} differs on the device: {wrong}")
@@ -195,7 +196,7 @@ def main() -> None:
         print(f"no kernels can run here: {gpu_backend()}", file=sys.stderr)
         raise SystemExit(2)
     if flags.check or flags.only_check:
-        check(flags.cases, flags.damaged)
+        check(OnDevice(), flags.cases, flags.damaged)
     if flags.only_check:
         return
     if flags.check:

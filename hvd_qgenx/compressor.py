@@ -411,7 +411,7 @@ class QGenXCompressor:
             exchange.refuse()
             raise refusal
         fused = exchange.fuse(batch.tensors())
-        exchange.adapt_if_due(fused)
+        exchange.adapt_or_withdraw(fused)
         flight = exchange.start_allgather(fused, "step", first=batch.first)
         arrived = flight.arrived
         exchange.watch([flight], "step")

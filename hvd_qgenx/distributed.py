@@ -448,7 +448,7 @@ class DistributedOptimizer(_Materialising):
         except ValueError:
             exchange.refuse(starts, whole=term is not None or keeps)
             raise
-        exchange.adapt_if_due(fused, starts)
+        exchange.adapt_or_withdraw(fused, starts)
         submitted = exchange.submit(fused, stage if has_data else "joined", term, keeps)
         collected = exchange.collect(submitted, self._ordered_names)
         assign(parameters, gradients, collected.means)

@@ -1,8 +1,10 @@
 """Kernels of a GPU without one: run by the CPU from the same text, and compiled by NVRTC where that is installed."""
 
 import ctypes
+import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -19,6 +21,7 @@ from hvd_qgenx.backends.cuda.device import DeviceError
 
 FOLDER = Path(__file__).parent / "gpu"
 sys.path.insert(0, str(FOLDER))
+import instructions  # noqa: E402
 from cases import Case, compare, compare_damaged  # noqa: E402
 from emulator import EXACT, emulated  # noqa: E402
 
@@ -88,6 +91,59 @@ def test_payloads_that_are_cut_differently_or_bring_their_codebooks_have_the_cor
         backend.decode_mean(one.codebook, payloads, targets, [[0, 1, 2, 3], [0, -1, 2, 3], [0, 1, 2, 3], [-1, 1, 2, 3]])
         means.append(torch.cat(targets))
     assert torch.equal(*means)
+
+
+def _frequent(levels):
+    """What the kernels of few levels take."""
+    return Codec(levels, "huffman", counts=tuple(2 ** (8 - m) for m in range(levels.num_levels + 1)))
+
+
+@pytest.mark.parametrize("coder", ["huffman", "elias_gamma"])
+def test_minus_zero_is_not_negative_even_where_a_norm_makes_several_levels_zero(folder, core, coder):
+    codec = Codec(Levels((0.0, 0.001, 0.002, 1.0)), coder, counts=(8, 4, 2, 1) if coder == "huffman" else None)
+    vector = torch.full((64,), -0.0)
+    vector[0] = 2.0**-143
+    payloads = []
+    for backend in (core, emulated(folder)):
+        layout, out = codec.layout([64]), torch.zeros(codec.bound(64), dtype=torch.uint8)
+        drawn = backend.encode(codec.codebook, codec.norm, layout, Key(0, 0, 0), [vector], out, False)
+        payloads.append(out[: drawn.size])
+    assert torch.equal(*payloads) and drawn.counts[2] > 50
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 31])
+@pytest.mark.parametrize("scale", [2.0**-147, 2.0**-140, 2.0**-126, 1.0, 2.0**118])
+def test_means_of_any_number_of_payloads_are_rounded_as_by_the_core(folder, core, count, scale):
+    # Among subnormal numbers a mean can lie in the middle between two: what a product with 1 / count would miss.
+    codec, vector = _frequent(Levels.uniform(4)), torch.randn(2000, generator=torch.Generator().manual_seed(0)) * scale
+    payloads = [codec.encode(vector, Key(0, rank, 0)) for rank in range(count)]
+    means = []
+    for backend in (core, emulated(folder)):
+        backend.decode_mean(codec.codebook, payloads, means_of := [torch.empty(2000)])
+        means += means_of
+    assert torch.equal(*means) and means[0].any()
+
+
+@pytest.mark.parametrize(
+    ("levels", "search"),
+    [
+        (Levels.uniform(4), "uniform"),
+        (Levels.exponential(4), "few"),
+        (Levels((0.0, 1e-5, 0.01, 0.011, 1.0)), "few"),
+        (Levels((0.0, 0.0101, 0.01011, 1.0)), "any"),  # so close that they share a bin
+        (Levels((0.0, 1e-7, 1e-6, 1.0)), "any"),
+    ],
+)
+def test_levels_are_searched_by_bins_unless_two_lie_in_one(levels, search):
+    tables = jobs.tables_of(_frequent(levels).codebook)
+    assert tables.search == search
+    assert tables.few
+
+
+def test_bins_count_the_levels_in_lower_ones():
+    bins = jobs.tables_of(_frequent(Levels((0.0, 1e-5, 0.01, 0.5, 1.0))).codebook).bins
+    assert len(bins) == 400 and bins[0] == 0 and bins[-1] == 3 and sorted(bins) == list(bins)
+    assert [int((bins == count).argmax()) for count in (1, 2, 3)] == [2, 170, 353]
 
 
 def test_the_comparison_fails_if_products_and_sums_are_joined(folder, core):
@@ -167,6 +223,14 @@ def test_nothing_in_the_assembly_rounds_otherwise_than_named(has_nvrtc):
     assert strict.splitlines()[10:] == free.splitlines()[10:]
 
 
+@pytest.mark.slow
+def test_a_coordinate_takes_few_instructions(has_nvrtc):
+    if (cuobjdump := shutil.which("cuobjdump")) is None:
+        pytest.skip("cuobjdump is not installed")
+    found = instructions.counts(cuobjdump)
+    assert found["encode_few"] <= 80 and found["encode_uniform"] <= 80 and found["decode_few"] <= 103, found
+
+
 def test_a_compilation_is_kept_and_a_damaged_one_is_made_again(has_nvrtc, tmp_path, monkeypatch):
     made = iter([b"first", b"anew"])
     monkeypatch.setattr(nvrtc, "compile_for", lambda architecture: {"CUBIN": next(made)})
@@ -180,6 +244,40 @@ def test_a_compiler_that_refuses_the_source_says_why(has_nvrtc, monkeypatch):
     monkeypatch.setattr(nvrtc, "source", lambda: {"kernels.cu": b"int kernel( {"})
     with pytest.raises(DeviceError, match="the kernels do not compile: .*error"):
         nvrtc.compile_for("sm_90")
+
+
+# ---- the benchmark, whose measuring needs a device -------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_speed(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER.parents[1] / "benchmarks"))
+    return importlib.import_module("gpu_speed")
+
+
+def test_the_benchmark_s_check_passes_and_fails_as_the_kernels_do(folder, gpu_speed, monkeypatch, capsys):
+    kernels = emulated(folder)
+    gpu_speed.check(kernels, 10, 10)
+    assert capsys.readouterr().out.startswith("10 cases and 10 damaged payloads, ")
+    launch = kernels.device.launch
+
+    def other_draws(name, job, *arguments):
+        if name.startswith("encode"):
+            job.key[0] ^= 1
+        launch(name, job, *arguments)
+
+    monkeypatch.setattr(kernels.device, "launch", other_draws)
+    with pytest.raises(SystemExit, match="differs on the device: bytes"):
+        gpu_speed.check(kernels, 10, 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_ends_without_a_gpu_and_says_so(gpu_speed, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu_speed.py", "--check", "--results", str(tmp_path / "rows.csv")])
+    with pytest.raises(SystemExit, match="2"):
+        gpu_speed.main()
+    assert "no kernels can run here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # ---- what a user is told ---------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch import Tensor
 
-from hvd_qgenx.backends.backend import Backend, Drawn, device_of
+from hvd_qgenx.backends.backend import Backend, DeviceError, Drawn, device_of
 from hvd_qgenx.backends.compiled import Compiled, best_path
 from hvd_qgenx.backends.specification import Specification
 
@@ -22,7 +23,9 @@ __all__ = [
     "BACKENDS",
     "SWITCH",
     "Backend",
+    "DeviceError",
     "Drawn",
+    "announced",
     "backend_of",
     "device_of",
     "force",
@@ -55,12 +58,23 @@ _against_gpu = _NOT_ASKED
 
 def home(device: torch.device) -> torch.device:
     """Where a vector on ``device`` is coded: there, if that kind of device has a backend, else on the CPU."""
-    return device if device.type in _BY_DEVICE else torch.device("cpu")
+    return device if device.type in (*_BY_DEVICE, "cuda") else torch.device("cpu")
 
 
 def backend_of(device: torch.device) -> Backend:
     """The backend of a device that is a ``home``."""
+    if device.type == "cuda" and device.type not in _BY_DEVICE:
+        # Not before: importing the package touches no GPU.
+        from hvd_qgenx.backends.cuda import stage
+
+        _BY_DEVICE["cuda"] = stage()
     return _BY_DEVICE[device.type]
+
+
+def announced(groups: Sequence[Sequence[Tensor]]) -> AbstractContextManager[None]:
+    """See ``Backend.announced``; of the backend where these segments lie."""
+    segments = [segment for group in groups for segment in group]
+    return backend_of(home(device_of(segments, torch.device("cpu")))).announced(groups)
 
 
 def name() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,10 @@ from hvd_qgenx.layout import Layout
 from hvd_qgenx.payload import Header
 
 FORMS = ("histogram", "normal")  # of statistics
+
+
+class DeviceError(RuntimeError):
+    """A device that cannot do what was asked of it; the message says what failed."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ class Backend(ABC):
     """
 
     name: str
+
+    def announced(self, groups: Sequence[Sequence[Tensor]]) -> AbstractContextManager[None]:
+        """A context in which these groups of segments are encoded, in this order, so that one can be fetched early."""
+        return nullcontext()
 
     @abstractmethod
     def encode(

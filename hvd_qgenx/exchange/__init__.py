@@ -7,7 +7,7 @@ from hvd_qgenx.exchange.coded import PLANS, CodedExchange
 from hvd_qgenx.exchange.dense import DenseExchange
 from hvd_qgenx.exchange.exchange import Alone, Collected, Exchange, Term
 from hvd_qgenx.exchange.hierarchical import HierarchicalExchange
-from hvd_qgenx.exchange.message import DisagreementError
+from hvd_qgenx.exchange.message import DisagreementError, WithdrawnError
 from hvd_qgenx.exchange.streamed import StreamedExchange
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "HierarchicalExchange",
     "StreamedExchange",
     "Term",
+    "WithdrawnError",
     "fingerprint",
 ]

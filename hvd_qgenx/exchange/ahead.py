@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_qgenx.backends import DeviceError
 from hvd_qgenx.exchange.coded import CodedExchange, Submitted
 from hvd_qgenx.exchange.exchange import Fused, Term
 from hvd_qgenx.exchange.plan import Flight
@@ -38,8 +39,11 @@ class AheadExchange(CodedExchange):
             return False
         pieces = zip(tensors, self.parts()[part].slices, strict=True)
         segments = self.fuse([None if tensor is None else _piece(tensor, where) for tensor, where in pieces]).segments
+        try:
+            self._flights[part] = self._send(segments, part, stage)
+        except DeviceError:
+            return False  # ``submit`` meets it again, where the other ranks can learn of it
         self._stage = stage
-        self._flights[part] = self._send(segments, part, stage)
         return True
 
     def _can_start(self, stage: str, starts_iteration: bool) -> bool:
@@ -87,9 +91,11 @@ class AheadExchange(CodedExchange):
         vectors = self.fuse([None] * len(self.sizes)) if self._void else fused
         said = "void" if self._void else stage
         flights, self._flights, self._void = self._flights, {}, False
-        for index, part in reversed(list(enumerate(self.parts()))):
-            if index not in flights:
-                flights[index] = self._send(part.cut(vectors.segments), index, said)
+        missing = [(index, part) for index, part in reversed(list(enumerate(self.parts()))) if index not in flights]
+        cuts = [part.cut(vectors.segments) for _, part in missing]
+        with self._or_withdrawn(self.plan, flights), self._announced(self.plan, cuts, [part for _, part in missing]):
+            for (index, _), cut in zip(missing, cuts, strict=True):
+                flights[index] = self._send(cut, index, said)
         return [flights[index] for index in range(len(self.parts()))]
 
     def _send(self, segments: Sequence[Tensor], index: int, stage: str) -> Flight:

@@ -11,7 +11,16 @@ from torch import Tensor
 from hvd_qgenx.backends import Drawn
 from hvd_qgenx.codec import Codec
 from hvd_qgenx.drift import Sums
-from hvd_qgenx.exchange.message import ENVELOPE_BYTES, DisagreementError, Envelope, Messenger, compare, seal, split
+from hvd_qgenx.exchange.message import (
+    ENVELOPE_BYTES,
+    DisagreementError,
+    Envelope,
+    Messenger,
+    compare,
+    room_for,
+    seal,
+    split,
+)
 from hvd_qgenx.exchange.plan import Codecs, Flight, Outgoing, Plan
 from hvd_qgenx.payload import PayloadError, bound, peek
 from hvd_qgenx.transports import Pending
@@ -32,6 +41,10 @@ class Allgather(Plan):
         term = outgoing.term(payload) if outgoing.term else 0.0
         message = seal(replace(outgoing.envelope, term=term, sums=Sums.of(codec, drawn)), buffer, drawn.size)
         return AllgatherFlight(codec, self.messenger, self.messenger.start(message, part), drawn)
+
+    def withdraw(self, envelope: Envelope) -> None:
+        if not envelope.phase:  # there is no other
+            self.messenger.start(seal(envelope, room_for(0), 0), envelope.part)
 
     def meet(self, envelope: Envelope) -> None:
         self.messenger.gather(envelope, torch.zeros(0, dtype=torch.uint8, device="cpu"))

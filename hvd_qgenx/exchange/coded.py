@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvd_qgenx.adaptation import Settings, Statistics, fit
-from hvd_qgenx.backends import device_of
+from hvd_qgenx.backends import DeviceError, announced, device_of
 from hvd_qgenx.codec import Codec, as_segment
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.drift import Drift, Sums
@@ -18,6 +19,7 @@ from hvd_qgenx.exchange.allgather import Allgather, AllgatherFlight, spoil
 from hvd_qgenx.exchange.cost import Way, Work, needs_no_measurement
 from hvd_qgenx.exchange.exchange import Collected, Exchange, Fused, Term, fuse
 from hvd_qgenx.exchange.measurement import measure_and_choose
+from hvd_qgenx.exchange.message import DisagreementError, WithdrawnError
 from hvd_qgenx.exchange.plan import Buffers, Codecs, Flight, Outgoing, Plan
 from hvd_qgenx.exchange.rehearsal import CODED, Rehearsal, rehearse
 from hvd_qgenx.exchange.two_phase import TwoPhase, fine_bits
@@ -183,12 +185,37 @@ class CodedExchange(Exchange):
         parts = self._parts()
         # Levels of the mean are fitted to one that all ranks know to the bit, before they are used.
         plan = self.allgather if self._fits_mean else self.plan
-        flights = [
-            plan.start(self._codecs, self._outgoing(part.cut(fused.segments), part, index, stage))
-            for index, part in enumerate(parts)
-        ]
-        self._departed(flights)
-        return Submitted(fused, parts, flights)
+        flights: dict[int, Flight] = {}
+        cuts = [part.cut(fused.segments) for part in parts]
+        with self._or_withdrawn(plan, flights), self._announced(plan, cuts, parts):
+            for index, part in enumerate(parts):
+                flights[index] = plan.start(self._codecs, self._outgoing(cuts[index], part, index, stage))
+        self._departed(list(flights.values()))
+        return Submitted(fused, parts, list(flights.values()))
+
+    def _announced(
+        self, plan: Plan, cuts: Sequence[Sequence[Tensor]], parts: Sequence[Part]
+    ) -> AbstractContextManager[None]:
+        """In which these parts are encoded: where they lie on a device, the next is fetched meanwhile."""
+        return announced(
+            [group for cut, part in zip(cuts, parts, strict=True) for group in plan.groups(cut, part.layout)]
+        )
+
+    @contextmanager
+    def _or_withdrawn(self, plan: Plan, flights: dict[int, Flight]) -> Iterator[None]:
+        """What starts the flights of all parts. A device that fails keeps no rank waiting: in place of what is missing
+        the others get a refusal; and in the second phase of the parts before, which they begin until they see that."""
+        try:
+            yield
+        except DeviceError as error:
+            missing = [index for index in range(len(self._parts())) if index not in flights]
+            for index in range(missing[0]):
+                plan.withdraw(self.envelope("refusal", part=index, phase=1))
+            for index in missing:
+                plan.withdraw(self.envelope("refusal", part=index))
+            with suppress(DisagreementError):
+                self.messenger.drain()
+            raise WithdrawnError(str(error)) from error
 
     def _parts(self) -> Sequence[Part]:
         """All ranks cut alike: by the sizes of all parameters, those included that this rank lacks now."""
@@ -228,13 +255,17 @@ class CodedExchange(Exchange):
         own_term = None if term is None else lambda payload: term(fused.pick(self._sections(payload)))
         layout, envelope = self.codec.layout(fused.sizes), self.envelope(stage, first=first)
         outgoing = Outgoing(fused.segments, layout, self._key(), envelope, own_term)
-        flight = self.allgather.start(self._codecs, outgoing)
+        try:
+            flight = self.allgather.start(self._codecs, outgoing)
+        except DeviceError as error:
+            with suppress(DisagreementError):
+                self.allgather.meet(self.envelope("refusal"))
+            raise WithdrawnError(str(error)) from error
         self._departed([flight])
         return flight
 
     def collect(self, submitted: Submitted, names: Sequence[str]) -> Collected:
-        for flight in submitted.flights:
-            flight.advance()
+        self._advance(submitted.flights)
         self.kept = submitted.keep.arrived.payloads if submitted.keep else None
         means = list(submitted.fused.segments)
         broken = [False] * len(means)
@@ -256,6 +287,21 @@ class CodedExchange(Exchange):
         self.report_broken(broken, names)
         found = [mean if mean.numel() else None for mean in means]
         return Collected(found, submitted.flights[0].terms(), stage == "joined")
+
+    def _advance(self, flights: Sequence[Flight]) -> None:
+        """Starts what comes after the first phase. A device that fails there keeps no rank waiting either."""
+        advanced = 0
+        try:
+            for flight in flights:
+                flight.advance()
+                advanced += 1
+        except DeviceError as error:
+            self.step -= 1  # which the refusals belong to
+            for index in range(advanced, len(flights)):
+                self.plan.withdraw(self.envelope("refusal", part=index, phase=1))
+            with suppress(DisagreementError):
+                self.messenger.drain()
+            raise WithdrawnError(str(error)) from error
 
     def meet(self, stage: str, starts_iteration: bool = True, whole: bool = False) -> None:
         comes_first = not self._agreed or (starts_iteration and self._is_due())  # an agreement, or statistics

@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hvd_qgenx.backends import DeviceError
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.exchange import agreement
 from hvd_qgenx.exchange.agreement import agree, compare_replicas, leader_of, share_state
-from hvd_qgenx.exchange.message import DisagreementError, Envelope, Messenger
+from hvd_qgenx.exchange.message import DisagreementError, Envelope, Messenger, WithdrawnError
 from hvd_qgenx.layout import Part
 from hvd_qgenx.transports import Pending, Transport
 
@@ -236,7 +237,7 @@ class Exchange(ABC):
             yield
         except FloatingPointError:  # under nonfinite="raise": the exchange was made
             raise
-        except (DisagreementError, ValueError):
+        except (DisagreementError, ValueError, WithdrawnError):
             # All ranks got it, or one refused and the others learnt of it. They agree anew, wherever they go on from.
             self.counters, self._agreed = before, False
             raise
@@ -274,6 +275,18 @@ class Exchange(ABC):
     def settings_lines(self) -> list[str]:
         """The exchange's own settings, a line each."""
         return []
+
+    def adapt_or_withdraw(self, fused: Fused, starts_iteration: bool = True) -> None:
+        """As ``adapt_if_due``. A device that fails keeps no rank waiting: the others get a refusal.
+
+        Raises:
+            WithdrawnError: if this rank's device failed.
+        """
+        try:
+            self.adapt_if_due(fused, starts_iteration)
+        except DeviceError as error:
+            self.refuse(starts_iteration)
+            raise WithdrawnError(str(error)) from error
 
     def refuse(self, starts_iteration: bool = True, whole: bool = False) -> None:
         """Takes the place of an exchange on a rank that cannot make it, so that the others learn it and do not wait.

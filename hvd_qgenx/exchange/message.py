@@ -35,6 +35,10 @@ class DisagreementError(RuntimeError):
     """Ranks that were told, or that do, different things; raised on every rank, naming both."""
 
 
+class WithdrawnError(RuntimeError):
+    """This rank's device failed before all of its vectors were sent; the other ranks have learnt that it did."""
+
+
 @dataclass(frozen=True)
 class Envelope:
     """What the sender of a message believes this exchange to be.

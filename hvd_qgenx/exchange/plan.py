@@ -130,6 +130,14 @@ class Plan(ABC):
     def start(self, codecs: Codecs, outgoing: Outgoing) -> Flight:
         """Encodes and sends; returns at once."""
 
+    def groups(self, segments: Sequence[Tensor], whole: Layout) -> list[Sequence[Tensor]]:
+        """What of a part is encoded at once, in the order in which that is done; ``whole`` as of ``Outgoing``."""
+        return [segments]
+
+    @abstractmethod
+    def withdraw(self, envelope: Envelope) -> None:
+        """Sends an envelope alone in place of the message of its part and phase; waits for nothing."""
+
     @abstractmethod
     def meet(self, envelope: Envelope) -> None:
         """Sends an envelope alone in place of part 0, so that ranks that send theirs learn it; waits for them.

@@ -22,7 +22,7 @@ from hvd_qgenx.drift import Sums
 from hvd_qgenx.exchange.allgather import Arrived
 from hvd_qgenx.exchange.message import ENVELOPE_BYTES, Envelope, compare, room_for, seal, size_class, split
 from hvd_qgenx.exchange.plan import Codecs, Flight, Outgoing, Plan
-from hvd_qgenx.layout import Part
+from hvd_qgenx.layout import Layout, Part
 from hvd_qgenx.payload import bound
 from hvd_qgenx.transports import Pending
 from hvd_qgenx.transports.waiting import kept
@@ -47,11 +47,22 @@ class TwoPhase(Plan):
     def start(self, codecs: Codecs, outgoing: Outgoing) -> TwoPhaseFlight:
         return TwoPhaseFlight(self, codecs, outgoing)
 
+    def groups(self, segments: Sequence[Tensor], whole: Layout) -> list[Sequence[Tensor]]:
+        return [shard.cut(segments) for shard in whole.shards(self.messenger.transport.size)]
+
+    def withdraw(self, envelope: Envelope) -> None:
+        if envelope.phase:
+            self.messenger.start(seal(envelope, room_for(0), 0), envelope.part, phase=1)
+        else:
+            self._send_alone(envelope)
+
     def meet(self, envelope: Envelope) -> None:
-        ranks, message = self.messenger.transport.size, seal(envelope, room_for(0), 0)
-        pending = self.messenger.start_alltoall(message.repeat(ranks), [len(message)] * ranks, 0)
         members = self.messenger.transport.members
-        compare(split(self.messenger.wait(pending), members)[0], members)
+        compare(split(self.messenger.wait(self._send_alone(envelope)), members)[0], members)
+
+    def _send_alone(self, envelope: Envelope) -> Pending:
+        ranks, message = self.messenger.transport.size, seal(envelope, room_for(0), 0)
+        return self.messenger.start_alltoall(message.repeat(ranks), [len(message)] * ranks, envelope.part)
 
 
 class TwoPhaseFlight(Flight):

@@ -161,6 +161,9 @@ inline int lane() { return block.current % 32; }
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 
 template <class T>
 T __shfl_sync(unsigned, T value, int from) {
@@ -208,6 +211,9 @@ inline unsigned __float_as_uint(float x) { return emulated::unpacked<unsigned>(e
 inline float __uint_as_float(unsigned x) { return emulated::unpacked<float>(x); }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) {
     return unsigned((uint64_t(high) << 32 | low) >> (by & 31));
+}
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned by) {
+    return unsigned((uint64_t(high) << 32 | low) << (by & 31) >> 32);
 }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     uint64_t both = uint64_t(y) << 32 | x;

@@ -21,6 +21,7 @@ from hvd_qgenx.backends.backend import Backend, Drawn, device_of
 from hvd_qgenx.backends.compiled import Compiled, best_path
 from hvd_qgenx.backends.cuda import host
 from hvd_qgenx.backends.cuda.device import Device, DeviceError
+from hvd_qgenx.backends.cuda.failures import failures_of
 from hvd_qgenx.backends.cuda.jobs import (
     ADD,
     BUCKET,
@@ -47,6 +48,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 _INFINITE = 0x7F800000  # as bits
 _BLOCK = 2**22  # coordinates of a squared error at once
 _WEIGHT_BITS, _NO_WEIGHT = 20, -(2**15)
+_TABLES_BYTES = 2 * 512 + 64 + 400 + 512 + 512  # the kernels' ``Tables``
+_FEW_WORDS = TILE * 8 // 32 + 2  # of a bucket's code under few levels, at most
 
 
 class Cut(NamedTuple):
@@ -78,7 +81,7 @@ class Kernels(Backend):
         self._core = Compiled(best_path())
         # A cache of this object's, so that it ends with it.
         self._cut = lru_cache(maxsize=64)(self._cut)  # type: ignore[method-assign]
-        self._symbols = lru_cache(maxsize=16)(self._symbols)  # type: ignore[method-assign]
+        self._tables = lru_cache(maxsize=16)(self._tables)  # type: ignore[method-assign]
 
     # ---- what is kept on a device ------------------------------------------------------------------------------------
 
@@ -92,21 +95,30 @@ class Kernels(Backend):
         buckets["position"] = (np.cumsum(sizes) - sizes)[segment] + offset
         buckets["offset"], buckets["segment"] = offset, segment
         buckets["count"] = np.minimum(sizes[segment] - offset, layout.bucket_size)
+        buckets["number"], buckets["unused"] = np.arange(len(segment)) - first, 0
         longest = int(buckets["count"].max(initial=1))
         return Cut(self.device.upload(buckets, where), len(buckets), -(-longest // TILE))
 
-    def _symbols(self, codebook: Codebook, where: torch.device) -> Tensor:
-        return self.device.upload(tables_of(codebook).symbols, where)
+    def _tables(self, codebook: Codebook, where: torch.device) -> tuple[Tensor, ...]:
+        tables = tables_of(codebook)
+        return tuple(self.device.upload(array, where) for array in (tables.symbols, tables.values, tables.bins))
 
     def _book(self, codebook: Codebook, where: torch.device) -> Book:
         book = Book.from_buffer_copy(tables_of(codebook).book)
-        book.symbols = self._symbols(codebook, where).data_ptr()
+        book.symbols, book.values, book.bins = map(Tensor.data_ptr, self._tables(codebook, where))
         return book
 
     # ---- encode ------------------------------------------------------------------------------------------------------
 
     def encode(self, codebook, norm, layout, key, segments, out, inline):
-        _check(segments, layout)
+        with failures_of(self.name):
+            return self._encode(codebook, norm, layout, key, segments, out, inline)
+        with failures_of(self.name, falls_back=False):
+            copies = [segment.cpu() for segment in segments]
+            return self._core.encode(codebook, norm, layout, key, copies, out, inline)
+
+    def _encode(self, codebook, norm, layout, key, segments, out, inline):
+        check_segments(segments, layout)
         where = device_of(segments, out.device)
         coding = _Coding(self, codebook, norm, layout, key, segments, where)
         raw = [segment.reshape(-1) for segment in segments if segment.numel() < layout.min_numel]
@@ -127,7 +139,17 @@ class Kernels(Backend):
     # ---- decode ------------------------------------------------------------------------------------------------------
 
     def decode_mean(self, codebook, payloads, targets, sections=None, factor=1.0):
-        _check_pointers(targets)
+        with failures_of(self.name):
+            return self._decode_mean(codebook, payloads, targets, sections, factor)
+        with failures_of(self.name, falls_back=False):
+            copies = [target.cpu() for target in targets]
+            broken = self._core.decode_mean(codebook, payloads, copies, sections, factor)
+            for target, copy in zip(targets, copies, strict=True):
+                target.copy_(copy)
+            return broken
+
+    def _decode_mean(self, codebook, payloads, targets, sections, factor):
+        check_pointers(targets)
         lengths = list(map(Tensor.numel, targets))
         located = host.locate(codebook, payloads, lengths, sections, factor)
         where = device_of(targets, torch.device("cpu"))
@@ -150,7 +172,13 @@ class Kernels(Backend):
     # ---- measuring ---------------------------------------------------------------------------------------------------
 
     def statistics(self, norm, layout, segments, form):
-        _check(segments, layout)
+        with failures_of(self.name):
+            return self._statistics(norm, layout, segments, form)
+        with failures_of(self.name, falls_back=False):
+            return self._core.statistics(norm, layout, [segment.cpu() for segment in segments], form)
+
+    def _statistics(self, norm, layout, segments, form):
+        check_segments(segments, layout)
         where = device_of(segments, torch.device("cpu"))
         cut, size = self._cut(layout, where), NUM_BINS if form == "histogram" else 3
         sums = torch.zeros(2, COPIES, size, dtype=torch.int64, device=where)
@@ -199,7 +227,7 @@ class _Coding:
         count = self.cut.num_buckets
         self._pointers = backend._pointers(segments, where)
         most = codebook.code.most_bytes(layout.bucket_size)
-        self.stride = -(-most // 4)
+        self.stride = _aligned(most) // 4
         places = np.cumsum([0, 16 * count, 8 * COPIES * (MAX_LEVELS + 1), 4 * count, 2 * count])
         self._sums, self._counts, self._norms, self._lengths, self._size = map(int, places)
         self._report = torch.empty(self._size, dtype=torch.uint8, device=where)
@@ -241,10 +269,10 @@ class _Coding:
             self._report[self._norms : self._lengths].copy_(self._arrived[self._norms : self._lengths])
         self.job.norms_known = again
         wide, search = self.cut.wide, self.tables.search
-        words = self.stride + 2 if wide or search == "any" else TILE * 8 // 32 + 2
+        words = self.stride + 2 if wide or search == "any" else _FEW_WORDS
         self.device.launch(
             "encode_wide" if wide else f"encode_{search}", self.job, self.where, *self.cut.grid(),
-            2048 + _room(words, self.cut),
+            _TABLES_BYTES + _room(words, self.cut),
         )  # fmt: skip
         self._gather()
         self._arrived.copy_(self._report, non_blocking=True)
@@ -357,12 +385,12 @@ class _Decoding:
             address + sections.at("coded"), sections.num_words, sections.ends(on_device).data_ptr(),
             address + sections.at("lengths"), address + sections.at("norms"), address + sections.at("sources"),
             address + sections.at("todo"), self._wrong.data_ptr(), end - first, len(self.targets), layout.bucket_size,
-            self.divisor, self.factor, cut.warps,
+            self.divisor, self.factor, _inverse(len(self.payloads)), cut.warps,
         )  # fmt: skip
         kernel = "decode_wide" if cut.wide else "decode_few" if few else "decode_any"
         most = self.books[first].code.most_bytes(min(layout.bucket_size, TILE * cut.warps))
         marks = 4 * (32 * cut.warps + 2) * (1 if cut.wide else WARPS)
-        shared = 1024 + _aligned(marks) + _room(-(-most // 4) + 3, cut)
+        shared = 1024 + _aligned(marks) + _room(_FEW_WORDS if few else -(-most // 4) + 3, cut)
         self.device.launch(kernel, job, self.where, *cut.grid(), shared)
 
     def _layout(self, payload: int) -> Layout:
@@ -441,6 +469,11 @@ class _Sections:
         return payload[place.coded : len(payload) - CHECKSUM.size]
 
 
+def _inverse(count: int) -> float:
+    """1 / count where a float32 times it rounds to the quotient in float32: the kernels' ``finished``. Else 0."""
+    return 1 / count if count % 2 or count & (count - 1) == 0 else 0.0
+
+
 def _fixed_bytes(counts: np.ndarray, width: int, norms: Tensor) -> np.ndarray:
     # A bucket whose norm says all has no code.
     bits = norms.clone().view(torch.int32).numpy()
@@ -473,14 +506,14 @@ def _room(words: int, cut: Cut) -> int:
     return _aligned(4 * (MOST_WARPS + 4)) + 8 * 16 + _aligned(both)
 
 
-def _check(segments: Sequence[Tensor], layout: Layout) -> None:
+def check_segments(segments: Sequence[Tensor], layout: Layout) -> None:
     if tuple(map(Tensor.numel, segments)) != layout.sizes:
         found = sum(map(Tensor.numel, segments))
         raise ValueError(f"segments must have the layout's {layout.numel} coordinates, got {found}")
-    _check_pointers(segments)
+    check_pointers(segments)
 
 
-def _check_pointers(segments: Sequence[Tensor]) -> None:
+def check_pointers(segments: Sequence[Tensor]) -> None:
     """Kernels believe pointers: what they do not fit must stop here."""
     for segment in segments:
         if segment.dtype is not torch.float32 or not segment.is_contiguous():

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from ctypes import Structure
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hvd_qgenx.backends.backend import DeviceError
 
-class DeviceError(RuntimeError):
-    """A device that cannot do what was asked of it; the message says what failed."""
+__all__ = ["Device", "DeviceError"]
 
 
 class Device(ABC):
@@ -26,6 +27,17 @@ class Device(ABC):
     @abstractmethod
     def pinned(self, num_bytes: int) -> Tensor:
         """uint8[num_bytes] on the CPU, which the device can copy to and from by itself."""
+
+    @abstractmethod
+    def copy_aside(self, pairs: Sequence[tuple[Tensor, Tensor]], where: torch.device) -> Callable[[], None]:
+        """Starts copies beside the current stream, behind what was started there and before what will be.
+
+        Args:
+            pairs: targets and sources, all to the device or all from it.
+
+        Returns:
+            What sleeps until they are done.
+        """
 
     @abstractmethod
     def wait(self, where: torch.device) -> None:

@@ -49,6 +49,7 @@ class Cuda(Device):
         # Of this object: modules belong to torch's context of a device, and end with the process.
         self._function = lru_cache(maxsize=None)(self._load_function)
         self._module = lru_cache(maxsize=None)(self._load_module)
+        self._side = lru_cache(maxsize=None)(lambda where, to_device: torch.cuda.Stream(where))
 
     def launch(self, kernel, job, where, blocks, threads, shared):
         with torch.cuda.device(where):
@@ -59,6 +60,19 @@ class Cuda(Device):
 
     def pinned(self, num_bytes):
         return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def copy_aside(self, pairs, where):
+        # A stream for each direction: they do not wait for each other.
+        now, side = torch.cuda.current_stream(where), self._side(where, pairs[0][0].is_cuda)
+        side.wait_stream(now)
+        with torch.cuda.stream(side):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+                (target if target.is_cuda else source).record_stream(side)
+        event = torch.cuda.Event(blocking=True)
+        event.record(side)
+        now.wait_event(event)
+        return event.synchronize
 
     def wait(self, where):
         # A blocking event: several ranks share a machine's cores, and one that waits must not spin.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ctypes import (
     Structure,
+    c_double,
     c_float,
     c_int,
     c_longlong,
@@ -21,19 +22,21 @@ from hvd_qgenx.codebook import Code, Codebook
 from hvd_qgenx.levels import MAX_LEVELS, Levels
 from hvd_qgenx.words import MAX_WORD
 
-TILE, ROW_BYTES, WARPS, MOST_WARPS, COPIES = 1024, 32 * 48, 4, 16, 64
+TILE, ROW_BYTES, WARPS, MOST_WARPS, COPIES = 1024, 32 * 48 + 32, 4, 16, 64
 MOST_INTERVALS = 8
 NEGATIVE, MISSING = 128, 128  # bits of a symbol's name; minus zero is what no word stands for
 _NUM_RUNS = {"": 0, "rice": 1, "omega": 2}
 _FEW_LEVELS, _FEW_BITS, _SMALLEST_GAP = 7, 8, 2.0**-90
+_BIN_START, _BIN_SHIFT, _FIRST_BIN, _NUM_BINS = np.float32(2.0**-12), 18, 115 << 5, 400
 
 
 class Book(Structure):
     _fields_ = [
         ("symbols", c_void_p),
+        ("values", c_void_p),
+        ("bins", c_void_p),
         ("levels", c_float * (MAX_LEVELS + 1)),
         ("gaps", c_float * (MAX_LEVELS + 1)),
-        ("above", c_float * 6),
         ("num_levels", c_int),
         ("uniform", c_int),
         ("draw_bits", c_int),
@@ -42,7 +45,8 @@ class Book(Structure):
         ("shortest", c_int),
         ("runs", c_int),
         ("ones", c_int),
-        ("limits", c_int * (MAX_WORD + 1)),
+        ("more", c_uint * _FEW_BITS),
+        ("below", c_uint * _FEW_BITS * _FEW_BITS),
         ("num_intervals", c_int * (MAX_WORD + 1)),
         ("intervals", c_int * 2 * MOST_INTERVALS * (MAX_WORD + 1)),
         ("words", c_ushort * 256),
@@ -50,7 +54,9 @@ class Book(Structure):
 
 
 #: A bucket: csrc/gpu/jobs.h's ``Bucket``.
-BUCKET = np.dtype([("position", "<i8"), ("offset", "<i8"), ("segment", "<i4"), ("count", "<i4")])
+BUCKET = np.dtype(
+    [("position", "<i8"), ("offset", "<i8"), ("segment", "<i4"), ("count", "<i4"), ("number", "<i4"), ("unused", "<i4")]
+)
 
 
 class EncodeJob(Structure):
@@ -105,6 +111,7 @@ class DecodeJob(Structure):
         ("bucket_size", c_int),
         ("divisor", c_float),
         ("factor", c_float),
+        ("inverse", c_double),
         ("warps", c_int),
     ]
 
@@ -127,13 +134,17 @@ class Tables(NamedTuple):
 
     Attributes:
         book: whose ``symbols`` still lie nowhere.
-        symbols: uint8[2**depth], or of the depth 8 where kernels of few levels take it.
+        symbols: uint8[2**depth].
+        values: float32[256], of each word as a byte, where kernels of few levels take it.
+        bins: uint8[400], the same: how many of the levels between 0 and 1 lie in lower bins.
         few: whether these kernels take it.
         search: "uniform", "few" or "any".
     """
 
     book: Book
     symbols: np.ndarray
+    values: np.ndarray
+    bins: np.ndarray
     few: bool
     search: str
 
@@ -154,7 +165,8 @@ def tables_of(codebook: Codebook) -> Tables:
     _fill_inner(book, words)
     few = bool(words) and not code.runs and levels.num_levels <= _FEW_LEVELS and book.depth <= _FEW_BITS
     few = few and _fill_limits(book, words)
-    return Tables(book, _symbols(words, _FEW_BITS if few else book.depth), few, _search(book, levels, few))
+    symbols, values = _symbols(words, book.depth), _values(words if few else {}, levels)
+    return Tables(book, symbols, values, _bins(levels), few, _search(book, levels, few))
 
 
 def _fill_levels(book: Book, levels: Levels) -> None:
@@ -165,12 +177,32 @@ def _fill_levels(book: Book, levels: Levels) -> None:
     book.draw_bits = 31 - s.bit_length() if book.uniform else 31
     book.levels[: s + 1] = values.tolist()
     book.gaps[:s] = (np.float32(1) / (values[1:] - values[:-1])).tolist()
-    book.above[:] = [values[j] if j < s else np.inf for j in range(1, 7)]
 
 
 def _search(book: Book, levels: Levels, few: bool) -> str:
     wide = min(np.diff(np.asarray(levels.values, np.float32))) >= _SMALLEST_GAP
-    return "any" if not few else "uniform" if book.uniform else "few" if wide else "any"
+    if not few or book.uniform:
+        return "uniform" if few else "any"
+    return "few" if wide and len(set(bins := _level_bins(levels).tolist())) == len(bins) else "any"
+
+
+def _level_bins(levels: Levels) -> np.ndarray:
+    """The bins of the levels between 0 and 1: the highest bits of a sum that rises with the level."""
+    inner = np.asarray(levels.values[1:-1], np.float32)
+    return ((inner + _BIN_START).view(np.uint32) >> _BIN_SHIFT).astype(np.int64) - _FIRST_BIN
+
+
+def _bins(levels: Levels) -> np.ndarray:
+    """How many levels between 0 and 1 lie in lower bins, for each bin."""
+    return np.searchsorted(_level_bins(levels), np.arange(_NUM_BINS), side="left").astype(np.uint8)
+
+
+def _values(words: dict[int, str], levels: Levels) -> np.ndarray:
+    """Of each word as a byte, first bit lowest."""
+    values = np.zeros(1 << _FEW_BITS, np.float32)
+    for name, word in words.items():
+        values[int(word[::-1], 2) if word else 0] = levels.values[name & 127] * (-1 if name & NEGATIVE else 1)
+    return values
 
 
 def _words(code: Code) -> dict[int, str]:
@@ -223,8 +255,18 @@ def _fill_limits(book: Book, words: dict[int, str]) -> bool:
         limit = max((value + (1 << (depth - len(word))) for word, value in _ended(words, depth)), default=0)
         if inner and inner[0] < limit:
             return False
-        book.limits[depth] = limit
+        if depth > _FEW_BITS:
+            return False
+        _fill_limit(book, depth - 1, limit)
     return True
+
+
+def _fill_limit(book: Book, last: int, limit: int) -> None:
+    """Of words of more than ``last + 1`` bits, as masks for each of these bits."""
+    exists = limit < 2 << last
+    book.more[last] = 2**32 - 1 if exists else 0
+    for bit in range(last + 1):
+        book.below[last][bit] = 2**32 - 1 if exists and not limit >> (last - bit) & 1 else 0
 
 
 def _ended(words: dict[int, str], depth: int) -> list[tuple[str, int]]:

@@ -12,32 +12,42 @@ DEVICE unsigned odd_prefix(unsigned zeros) {
     return zeros ^ zeros << 16;
 }
 
-/* The bits of x at the ones of a mask, close together (Hacker's Delight, 7-4). */
-DEVICE unsigned compress(unsigned x, unsigned mask) {
-    x &= mask;
-    unsigned zeros = ~mask << 1;
+/* How many zeros of a mask lie below each place, bit by bit, of five. */
+struct ZerosBelow {
+    unsigned bits[5];
+};
+
+DEVICE ZerosBelow zeros_below(unsigned mask) {
+    ZerosBelow zeros;
+    unsigned rises = ~mask << 1; /* places where the bit changes */
 #pragma unroll
-    for (int step = 0; step < 5; step++) {
-        unsigned odd = odd_prefix(zeros), move = odd & mask, moved = x & move;
-        mask = (mask ^ move) | move >> (1 << step);
-        x = (x ^ moved) | moved >> (1 << step);
-        zeros &= ~odd;
+    for (int bit = 0; bit < 3; bit++) {
+        zeros.bits[bit] = odd_prefix(rises);
+        rises &= ~zeros.bits[bit];
     }
+    /* At most three are left, at the 8th, 16th and 24th zero; a difference of two places has the ones between them. */
+    unsigned later = rises & (rises - 1), second = later & (0u - later);
+    zeros.bits[3] = 2 * second - rises;
+    zeros.bits[4] = 0u - second;
+    return zeros;
+}
+
+/* The bits of x at the ones of a mask, close together. A bit goes down by the powers of two in the zeros below it, the
+ * smallest first. The planes need not move with it: between its place and where it is going the higher powers are the
+ * same. */
+DEVICE unsigned compress(unsigned x, unsigned mask) {
+    ZerosBelow zeros = zeros_below(mask);
+    x &= mask;
+#pragma unroll
+    for (int bit = 0; bit < 5; bit++) x = (x & ~zeros.bits[bit]) | (x & zeros.bits[bit]) >> (1 << bit);
     return x;
 }
 
 /* The way back. */
 DEVICE unsigned expand(unsigned x, unsigned mask) {
-    unsigned moves[5], left = mask, zeros = ~mask << 1;
+    ZerosBelow zeros = zeros_below(mask);
 #pragma unroll
-    for (int step = 0; step < 5; step++) {
-        unsigned odd = odd_prefix(zeros);
-        moves[step] = odd & left;
-        left = (left ^ moves[step]) | moves[step] >> (1 << step);
-        zeros &= ~odd;
-    }
-#pragma unroll
-    for (int step = 4; step >= 0; step--) x = (x & ~moves[step]) | (x << (1 << step) & moves[step]);
+    for (int bit = 4; bit >= 0; bit--) x = (x & ~zeros.bits[bit]) | (x << (1 << bit) & zeros.bits[bit]);
     return x & mask;
 }
 
@@ -109,6 +119,12 @@ DEVICE void put(unsigned *words, int at, unsigned bits) {
     unsigned high = bits >> 1 >> (31 - (at & 31));
     if (bits) atomicOr(words + (at >> 5), bits << (at & 31));
     if (high) atomicOr(words + (at >> 5) + 1, high);
+}
+
+/* The same without asking whether there are any, which is cheaper where there mostly are. */
+DEVICE void put_all(unsigned *words, int at, unsigned bits) {
+    atomicOr(words + (at >> 5), bits << (at & 31));
+    atomicOr(words + (at >> 5) + 1, __funnelshift_l(bits, 0, at & 31));
 }
 
 /* 32 bits from a place on. */

@@ -9,9 +9,8 @@
 namespace qgenx {
 
 /* Which elements' words have more than their first d + 1 bits. */
-template <bool CANONICAL, int PLANES>
+template <int PLANES>
 DEVICE unsigned goes_on(const Book &book, const unsigned *planes, int d) {
-    if (CANONICAL) return no_less<PLANES>(planes, unsigned(book.limits[d + 1]), d);
     unsigned result = 0;
 #pragma unroll 1
     for (int i = 0; i < book.num_intervals[d + 1]; i++) {
@@ -31,7 +30,7 @@ DEVICE int put_plane(unsigned *words, int cursor, unsigned bits, unsigned mask, 
 }
 
 /* The words of the elements in `alive`; returns the cursor behind them. */
-template <bool CANONICAL, int PLANES, bool WIDE>
+template <int PLANES, bool WIDE>
 DEVICE int write_words(const Book &book, const unsigned *planes, unsigned alive, int cursor, bool dense,
                        const Group<WIDE> &group, unsigned *words) {
 #pragma unroll
@@ -41,13 +40,13 @@ DEVICE int write_words(const Book &book, const unsigned *planes, unsigned alive,
         bool whole = dense && d < book.shortest; /* all of a chunk's elements have this bit, and they lie close */
         put(words, cursor + at, whole ? planes[d] & alive : compress(planes[d], alive));
         cursor += total;
-        alive &= goes_on<CANONICAL, PLANES>(book, planes, d);
+        alive &= goes_on<PLANES>(book, planes, d);
     }
     return cursor;
 }
 
 /* The planes of the elements in `alive`; false if these bytes are no code. `at` and `end` are bits of `words`. */
-template <bool CANONICAL, int PLANES, bool WIDE>
+template <int PLANES, bool WIDE>
 DEVICE bool read_words(const Book &book, const unsigned *words, int &at, int end, unsigned alive, bool dense,
                        const Group<WIDE> &group, unsigned *planes) {
 #pragma unroll
@@ -60,7 +59,7 @@ DEVICE bool read_words(const Book &book, const unsigned *words, int &at, int end
         if (at > end) return false;
         unsigned bits = peek(words, place);
         planes[d] = dense && d < book.shortest ? bits & alive : expand(bits, alive);
-        alive &= goes_on<CANONICAL, PLANES>(book, planes, d);
+        alive &= goes_on<PLANES>(book, planes, d);
     }
     return !group.any(alive != 0);
 }

@@ -57,21 +57,12 @@ DEVICE bool read_any(const Book &book, const unsigned *words, int at, int end, i
     for (int q = 0; q < 8; q++) names[q] = 0;
     if (book.width) return read_fixed(book, words, at, count, group, names) && is_end(words, at, end);
     if (book.runs && !read_runs(book, words, at, end, alive, group, marks, names)) return false;
-    if (!read_words<false, 16>(book, words, at, end, alive, !book.runs, group, planes)) return false;
+    if (!read_words<16>(book, words, at, end, alive, !book.runs, group, planes)) return false;
     return is_end(words, at, end) && names_of(book, planes, alive, group, names);
 }
 
+/* A payload's bucket to the rows, as names; false if its bytes are no code. */
 template <bool WIDE>
-DEVICE bool read_few(const Book &book, const unsigned *words, int at, int end, int count, const Group<WIDE> &group,
-                     unsigned *bytes) {
-    unsigned planes[8], alive = chunk_mask(count, group.chunk());
-    if (!read_words<true, 8>(book, words, at, end, alive, true, group, planes)) return false;
-    bytes_of(planes, bytes);
-    return is_end(words, at, end);
-}
-
-/* A payload's bucket to the rows, as names or as words; false if its bytes are no code. */
-template <bool FEW, bool WIDE>
 DEVICE bool read_bucket(const DecodeJob &job, long long source, int count, const Group<WIDE> &group, const Room &room,
                         unsigned *marks) {
     int size = job.lengths[source], code_words = (most_bytes(job.book, count) + 3) / 4 + 3;
@@ -80,25 +71,93 @@ DEVICE bool read_bucket(const DecodeJob &job, long long source, int count, const
     load_code(job, begin, size, code_words, group, room.code);
     int start = int(begin & 3) * 8;
     unsigned bytes[8];
-    bool good = FEW ? read_few(job.book, room.code, start, start + 8 * size, count, group, bytes)
-                    : read_any(job.book, room.code, start, start + 8 * size, count, group, marks, bytes);
-    if (!good) return false;
+    if (!read_any(job.book, room.code, start, start + 8 * size, count, group, marks, bytes)) return false;
     group.sync(); /* rows may lie where the code was */
-    write_row(room.rows + 32 * ROW * (WIDE ? group.warp : 0), group.lane, bytes);
+    write_row(room.rows + ROWS * (WIDE ? group.warp : 0), group.lane, bytes);
     group.sync();
     return true;
 }
 
-DEVICE float finished(const DecodeJob &job, float sum) { return __fmul_rn(__fdiv_rn(sum, job.divisor), job.factor); }
+/* The bytes of a bucket of few levels, 16 at once; what lies behind them is never looked at, since `read_few_words`
+ * knows where they end. The data is long enough for whole sixteens. */
+DEVICE void load_code_few(const DecodeJob &job, long long begin, int size, int lane, unsigned *words) {
+    const uint4 *from = reinterpret_cast<const uint4 *>(job.data) + (begin >> 4);
+    int needed = (int(begin & 15) + size + 15) / 16;
+#pragma unroll
+    for (int place = 0; place < 96; place += 32)
+        if (place + lane < needed) reinterpret_cast<uint4 *>(words)[place + lane] = from[place + lane];
+    __syncwarp();
+}
+
+/* The same as words. */
+DEVICE bool read_bucket_few(const DecodeJob &job, long long source, int count, const Group<false> &group,
+                            const Room &room) {
+    const Book &book = job.book;
+    int size = job.lengths[source];
+    long long begin = job.ends[source] - size;
+    if (8 * size > count * book.depth + 7) return false;
+    load_code_few(job, begin, size, group.lane, room.code);
+    unsigned planes[8], bytes[8];
+    int start = int(begin & 15) * 8;
+    if (!read_few_words(book, room.code, start, start + 8 * size, count, group, planes)) return false;
+    bytes_of(planes, bytes);
+    write_row(room.rows, group.lane, bytes);
+    __syncwarp();
+    return true;
+}
+
+/* Adds the levels of the names, or words, in a warp's rows, times the norm; or the norm alone where there is no code: all
+ * values are 0 then, or all NaN. Of words of up to five bits each lane keeps one product. */
+template <bool FEW>
+DEVICE void add_rows(const Book &book, const Values &values, float norm, bool coded, const unsigned char *rows,
+                     int lane, float *sums) {
+    if (FEW && book.depth <= 5) {
+        float product = coded ? __fmul_rn(values.of[lane], norm) : norm; /* then it is the same whatever the word */
+#pragma unroll
+        for (int t = 0; t < 32; t++) sums[t] = __fadd_rn(sums[t], __shfl_sync(ALL, product, rows[row_of(t) + lane]));
+        return;
+    }
+#pragma unroll
+    for (int t = 0; t < 32 && !coded; t++) sums[t] = __fadd_rn(sums[t], norm);
+#pragma unroll
+    for (int t = 0; t < 32 && coded; t++)
+        sums[t] = __fadd_rn(sums[t], __fmul_rn(values.of[rows[row_of(t) + lane]], norm));
+}
+
+/* A sum's mean, times a factor. The product with an odd number's inverse in float64 rounds to the quotient in float32:
+ * no quotient by an odd number lies in the middle of two of these, and each is farther from there than the product is
+ * from it. By a power of two the product is exact. */
+DEVICE float finished(const DecodeJob &job, float sum) {
+    float mean = job.inverse > 0.0 ? __double2float_rn(__dmul_rn(sum, job.inverse)) : __fdiv_rn(sum, job.divisor);
+    return __fmul_rn(mean, job.factor);
+}
+
+/* Coordinates of a target, zeros behind. */
+template <bool WIDE>
+DEVICE void load_sums(const float *out, int count, const Group<WIDE> &group, float *sums) {
+#pragma unroll
+    for (int t = 0; t < 32; t++) sums[t] = group.added() + 32 * t < count ? out[group.added() + 32 * t] : 0.0f;
+}
+
+template <bool WIDE>
+DEVICE void store_sums(const DecodeJob &job, const float *sums, int count, bool finish, const Group<WIDE> &group,
+                       float *out) {
+    int left = count - group.added();
+    out += group.added();
+#pragma unroll
+    for (int t = 0; t < 32; t++)
+        if (32 * t < left) out[32 * t] = finish ? finished(job, sums[t]) : sums[t];
+}
 
 template <bool FEW, bool WIDE>
 DEVICE void decode_bucket(const DecodeJob &job, long long bucket, const Group<WIDE> &group, const Room &room,
                           unsigned *marks, const Values &values) {
+    const Book &book = job.book;
     Bucket place = job.buckets[bucket];
-    int todo = job.todo[place.segment], first = (WIDE ? TILE * group.warp : 0) + group.lane;
+    int todo = job.todo[place.segment];
     float *out = job.segments[place.segment] + place.offset, sums[32];
     if (todo & ADD)
-        load_tile(out, place.count, group, sums);
+        load_sums(out, place.count, group, sums);
     else
 #pragma unroll
         for (int t = 0; t < 32; t++) sums[t] = 0.0f;
@@ -108,28 +167,23 @@ DEVICE void decode_bucket(const DecodeJob &job, long long bucket, const Group<WI
         long long source = job.sources[(long long)payload * job.num_segments + place.segment];
         if (source < 0) continue;
         found = true;
-        source += place.offset / job.bucket_size;
+        source += place.number;
         float norm = job.norms[source];
-        bool coded = has_code(norm);
-        if (coded ? !read_bucket<FEW>(job, source, place.count, group, room, marks) : job.lengths[source] != 0) {
+        bool coded = has_code(norm), good = true;
+        if (!coded)
+            good = job.lengths[source] == 0;
+        else if constexpr (FEW)
+            good = read_bucket_few(job, source, place.count, group, room);
+        else
+            good = read_bucket(job, source, place.count, group, room, marks);
+        if (!good) {
             if (group.rank() == 0) *job.wrong = 1;
             return;
         }
-        if (!coded) { /* all values are 0, or all NaN */
-#pragma unroll
-            for (int t = 0; t < 32; t++) sums[t] = __fadd_rn(sums[t], norm);
-            continue;
-        }
-        const unsigned char *rows = room.rows + 32 * ROW * (WIDE ? group.warp : 0);
-#pragma unroll
-        for (int t = 0; t < 32; t++)
-            sums[t] = __fadd_rn(sums[t], __fmul_rn(values.of[rows[ROW * t + group.lane]], norm));
+        add_rows<FEW>(book, values, norm, coded, room.rows + ROWS * (WIDE ? group.warp : 0), group.lane, sums);
         group.sync();
     }
-    if (!found) return;
-#pragma unroll
-    for (int t = 0; t < 32; t++)
-        if (first + 32 * t < place.count) out[first + 32 * t] = todo & FINISH ? finished(job, sums[t]) : sums[t];
+    if (found) store_sums(job, sums, place.count, todo & FINISH, group, out);
 }
 
 }  // namespace qgenx

@@ -2,7 +2,7 @@
 #ifndef QGENX_GPU_ENCODE_H
 #define QGENX_GPU_ENCODE_H
 
-#include "rounding.h"
+#include "few.h"
 #include "runs.h"
 
 namespace qgenx {
@@ -10,6 +10,8 @@ namespace qgenx {
 /* Shared memory of a block, beside each group's. */
 struct Tables {
     float levels[MOST_LEVELS + 1], gaps[MOST_LEVELS + 1];
+    Level pairs[8];                   /* of few levels */
+    unsigned char bins[NUM_FEW_BINS]; /* the same */
     unsigned short words[256];
     unsigned counts[MOST_LEVELS + 1];
 };
@@ -25,74 +27,65 @@ struct Room {
     double *carry;
 };
 
-/* A symbol's name; of few levels index + 8 [v < 0]. */
+/* What a lane's symbol is under a norm. */
+DEVICE Symbol symbol_of(const Book &book, const Tables &tables, float norm, int lane) {
+    int index = lane >> 1 & 7, name = index | (lane & 1) << 7;
+    return Symbol{__fmul_rn(tables.levels[index], norm), unsigned(book.words[name]) << 24 | 1u << 3 * index};
+}
+
+/* Rounds a bucket's coordinates by the tables of few levels. */
 template <Search SEARCH>
-DEVICE unsigned name_of(unsigned index, float v) {
-    return index + (__float_as_uint(v) >> 31 << (SEARCH == Search::ANY ? 7 : 3));
-}
-
-/* How often each index was drawn, up to eight of them, a byte each: a lane has 32 coordinates. */
-struct Counts {
-    unsigned long long bytes = 0;
-    DEVICE_MEMBER void add(unsigned index) { bytes += 1ull << 8 * index; }
-};
-
-/* What this lane has drawn is added to the block's counters, each pair of neighbouring lanes in one turn. */
-DEVICE void count_few(const Counts &own, int lane, unsigned *counts) {
-    unsigned long long mask = 0x00FF00FF00FF00FFull, even = own.bytes & mask, odd = own.bytes >> 8 & mask;
-#pragma unroll
-    for (int half = 16; half; half >>= 1) {
-        even += __shfl_xor_sync(ALL, even, half);
-        odd += __shfl_xor_sync(ALL, odd, half);
-    }
-    if (lane < 8) atomicAdd(counts + lane, unsigned((lane & 1 ? odd : even) >> 16 * (lane >> 1) & 0xFFFF));
-}
-
-DEVICE float with_sign_of(float value, float magnitude) {
-    return __uint_as_float((__float_as_uint(value) & 0x80000000u) | __float_as_uint(magnitude));
-}
-
-/* Rounds a group's coordinates; their names, or words, go to the rows, and v becomes what rounding adds to it. */
-template <Search SEARCH, bool SMALL, bool WIDE>
 DEVICE void round_tile(const Rounding &r, float *v, int count, const Tables &tables, unsigned *counts,
-                       const Group<WIDE> &group, unsigned char *rows) {
-    Counts few;
-    int left = count - (WIDE ? TILE * group.warp : 0) - group.lane;
+                       const Group<false> &group, unsigned char *rows) {
+    Symbol symbol = symbol_of(r.book, tables, r.norm, group.lane);
+    bool has_next = group.lane + 1 < r.book.num_levels;
+    unsigned next = has_next ? __float_as_uint(tables.levels[group.lane + 1]) : 0x7F800000u;
+    FewTables few{tables.pairs, tables.bins, next - 1};
+    Counts own;
+    if (is_plain(r.norm))
+        round_few<SEARCH, true>(r, v, few, symbol, group.lane, own, rows);
+    else
+        round_few<SEARCH, false>(r, v, few, symbol, group.lane, own, rows);
+    count_few(own, group.lane, counts);
+    if (group.lane == 0) atomicAdd(counts, unsigned(count - TILE)); /* what is behind the bucket was counted as zeros */
+}
+
+/* Rounds a group's coordinates; their names go to the rows, and v becomes what rounding adds to magnitudes. */
+template <bool WIDE>
+DEVICE void round_any(const Rounding &r, float *v, int count, const Tables &tables, unsigned *counts,
+                      const Group<WIDE> &group, unsigned char *rows) {
+    int left = count - group.rounded();
+    bool small = r.norm < SMALL_NORM;
+    unsigned char *own = rows + row_of(group.lane & 16) + (group.lane & 15);
 #pragma unroll
     for (int t = 0; t < 32; t += 2) {
         unsigned draws[2];
-        draw_two(r, t, group.lane, draws[0], draws[1]);
+        draw_two(r, t, draws[0], draws[1]);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             float value = v[t + i];
-            unsigned index = index_of<SEARCH, SMALL>(value, r, draws[i]), name = name_of<SEARCH>(index, value);
-            rows[ROW * (t + i) + group.lane] = SEARCH == Search::ANY ? name : tables.words[name];
-            if (SEARCH != Search::ANY)
-                few.add(index);
-            else if (32 * (t + i) < left)
-                atomicAdd(counts + index, 1u);
-            float decoded = __fmul_rn(tables.levels[index], r.norm);
-            v[t + i] = __fsub_rn(with_sign_of(value, decoded), value);
+            unsigned index = index_of(value, r, draws[i], small);
+            own[ROW * (t / 2) + 16 * i] = (unsigned char)(index | unsigned(value < 0.0f) << 7);
+            if (16 * (t + i) < left) atomicAdd(counts + index, 1u);
+            v[t + i] = __fsub_rn(__fmul_rn(tables.levels[index], r.norm), fabsf(value));
         }
     }
-    if (SEARCH == Search::ANY) return;
-    count_few(few, group.lane, counts);
-    if (group.lane == 0) atomicAdd(counts, unsigned(count - TILE)); /* what is behind the bucket was counted as zeros */
 }
 
 /* A group's coordinates, zeros behind. */
 template <bool WIDE>
 DEVICE void load_tile(const float *values, int count, const Group<WIDE> &group, float *v) {
-    int first = (WIDE ? TILE * group.warp : 0) + group.lane;
+    const float *own = values + group.rounded();
+    int left = count - group.rounded();
 #pragma unroll
-    for (int t = 0; t < 32; t++) v[t] = first + 32 * t < count ? values[first + 32 * t] : 0.0f;
+    for (int t = 0; t < 32; t++) v[t] = 16 * t < left ? own[16 * t] : 0.0f;
 }
 
 /* The norm of a bucket, and its sum of squares. */
 template <bool WIDE>
 DEVICE float norm_of(const EncodeJob &job, long long bucket, const float *v, const Group<WIDE> &group, double *carry,
                      double &squares) {
-    squares = squares_of(v, group, carry);
+    squares = squares_of<true>(v, group, carry);
     if (job.norms_known) return job.norms[bucket];
     return job.linf ? largest_of(v, group) : root_of(squares);
 }
@@ -116,34 +109,46 @@ DEVICE int write_any(const Book &book, const Tables &tables, const unsigned *nam
     }
     planes_of(low, planes);
     planes_of(high, planes + 8);
-    return write_words<false, 16>(book, planes, alive, cursor, !book.runs, group, words);
+    return write_words<16>(book, planes, alive, cursor, !book.runs, group, words);
 }
 
-template <bool WIDE>
-DEVICE int write_few(const Book &book, const unsigned *bytes, int count, const Group<WIDE> &group, unsigned *words) {
-    unsigned planes[8];
-    planes_of(bytes, planes);
-    return write_words<true, 8>(book, planes, chunk_mask(count, group.chunk()), 0, true, group, words);
-}
-
-/* What a bucket's kernel tells beside its code. */
-DEVICE void report(const EncodeJob &job, long long bucket, float norm, double error, double squares) {
+/* What a bucket's kernel tells beside its code, as soon as it knows, so that no register keeps it. */
+DEVICE void report(const EncodeJob &job, long long bucket, float norm, double squares) {
     job.norms[bucket] = norm;
-    job.sums[2 * bucket] = error;
+    job.sums[2 * bucket] = 0.0;
     job.sums[2 * bucket + 1] = squares;
 }
 
-/* A bucket's bits, from what its group has put into the rows. */
-template <Search SEARCH, bool WIDE>
+/* A bucket's code in shared memory, from what its group has put into the rows; how many bits it has. */
+template <bool WIDE>
 DEVICE int write_bucket(const EncodeJob &job, int count, const Group<WIDE> &group, const Room &room,
                         const Tables &tables) {
     unsigned bytes[8];
-    read_row(room.rows + 32 * ROW * (WIDE ? group.warp : 0), group.lane, bytes);
+    read_row(room.rows + ROWS * (WIDE ? group.warp : 0), group.lane, bytes);
     group.sync(); /* the code may lie where the rows were */
     for (int word = group.rank(); word < job.stride + 2; word += group.size()) room.code[word] = 0;
     group.sync();
-    return SEARCH == Search::ANY ? write_any(job.book, tables, bytes, count, group, room.code)
-                                 : write_few(job.book, bytes, count, group, room.code);
+    return write_any(job.book, tables, bytes, count, group, room.code);
+}
+
+/* Four words at once, of as many as shared memory has for few levels. */
+DEVICE void clear_few(uint4 *code, int lane) {
+#pragma unroll
+    for (int place = 0; place <= FEW_WORDS / 4; place += 32)
+        if (place + lane <= FEW_WORDS / 4) code[place + lane] = uint4{0, 0, 0, 0};
+}
+
+DEVICE void copy_few(uint4 *to, const uint4 *from, int count, int lane) {
+#pragma unroll
+    for (int place = 0; place < FEW_WORDS / 4; place += 32)
+        if (place + lane < count) to[place + lane] = from[place + lane];
+}
+
+DEVICE int write_bucket_few(const EncodeJob &job, int count, const Group<false> &group, const Room &room) {
+    unsigned bytes[8], planes[8];
+    read_few_row(room.rows, group.lane, bytes);
+    planes_of(bytes, planes);
+    return write_few_words(job.book, planes, count, group, room.code);
 }
 
 template <Search SEARCH, bool WIDE>
@@ -155,25 +160,35 @@ DEVICE void encode_bucket(const EncodeJob &job, long long bucket, const Group<WI
     double squares;
     float norm = norm_of(job, bucket, v, group, room.carry, squares);
     if (!has_code(norm)) {
-        if (group.rank() == 0) report(job, bucket, norm, 0.0, 0.0), job.lengths[bucket] = 0;
+        if (group.rank() == 0) report(job, bucket, norm, 0.0), job.lengths[bucket] = 0;
         return;
     }
-    Rounding r{job.book, tables.levels, tables.gaps, 0.0f, 0.0f, 0.0f, 0, 0, 0};
+    if (group.rank() == 0) report(job, bucket, norm, squares);
+    Rounding r{job.book, tables.levels, tables.gaps, 0.0f, 0.0f, 0.0f, 0.0f, 0, 0, 0, 0};
     set_norm(r, norm);
     set_counter(r, job.key, place.position, group);
-    unsigned char *rows = room.rows + 32 * ROW * (WIDE ? group.warp : 0);
-    if (norm < SMALL_NORM)
-        round_tile<SEARCH, true>(r, v, place.count, tables, counts, group, rows);
-    else
-        round_tile<SEARCH, false>(r, v, place.count, tables, counts, group, rows);
-    double error = squares_of(v, group, room.carry);
-    if (group.rank() == 0) report(job, bucket, norm, error, squares);
+    unsigned char *rows = room.rows + ROWS * (WIDE ? group.warp : 0);
+    if constexpr (SEARCH == Search::ANY) {
+        round_any(r, v, place.count, tables, counts, group, rows);
+    } else {
+        round_tile<SEARCH>(r, v, place.count, tables, counts, group, rows);
+        clear_few(reinterpret_cast<uint4 *>(room.code), group.lane);
+    }
+    double error = squares_of<false>(v, group, room.carry);
+    if (group.rank() == 0) job.sums[2 * bucket] = error;
     group.sync();
-    int bits = write_bucket<SEARCH>(job, place.count, group, room, tables);
+    unsigned *code = job.codes + bucket * job.stride;
+    int bits;
+    if constexpr (SEARCH == Search::ANY)
+        bits = write_bucket(job, place.count, group, room, tables);
+    else
+        bits = write_bucket_few(job, place.count, group, room);
     group.sync();
     if (group.rank() == 0) job.lengths[bucket] = (unsigned short)((bits + 7) / 8);
-    for (int word = group.rank(); word < (bits + 31) / 32; word += group.size())
-        job.codes[bucket * job.stride + word] = room.code[word];
+    if constexpr (SEARCH == Search::ANY)
+        for (int word = group.rank(); word < (bits + 31) / 32; word += group.size()) code[word] = room.code[word];
+    else
+        copy_few(reinterpret_cast<uint4 *>(code), reinterpret_cast<uint4 *>(room.code), (bits + 127) / 128, group.lane);
     group.sync();
 }
 

@@ -1,8 +1,9 @@
 /* The warps that share a bucket, and what they do together. A bucket of at most 1024 coordinates has one warp; a longer
  * one (WIDE) has the whole block, a warp for every 1024.
  *
- * While a bucket is rounded, lane l of warp w has coordinate 1024 w + 32 t + l in turn t; while bits are laid out, it
- * has chunk 32 w + l, coordinates 32 (32 w + l) to 32 (32 w + l) + 31.
+ * While a bucket is rounded, lane l of warp w has coordinate 1024 w + 512 (l / 16) + 16 t + l % 16 in turn t, that is
+ * half of one of the 16 sums that a norm begins with; while bits are laid out, it has chunk 32 w + l, coordinates
+ * 32 (32 w + l) to 32 (32 w + l) + 31; and while means are added up, coordinate 1024 w + 32 t + l.
  */
 #ifndef QGENX_GPU_GROUP_H
 #define QGENX_GPU_GROUP_H
@@ -13,12 +14,18 @@ constexpr unsigned ALL = ~0u; /* lanes of a warp */
 constexpr int TILE = 1024;    /* coordinates of a warp */
 constexpr int MOST_WARPS = 16;
 constexpr int ROW = 48; /* bytes between chunks in shared memory: no two lanes meet in a bank */
+constexpr int ROWS = 32 * ROW + 32;
+
+/* Where a chunk begins among the bytes of a warp: the second half lies in other banks than the first. */
+DEVICE int row_of(int chunk) { return ROW * chunk + 2 * (chunk & 16); }
 
 template <bool WIDE>
 struct Group {
     int lane, warp, warps;
     int *board; /* shared: what warps tell one another, MOST_WARPS of it and then a few */
 
+    DEVICE_MEMBER int rounded() const { return (WIDE ? TILE * warp : 0) + 32 * (lane & 16) + (lane & 15); }
+    DEVICE_MEMBER int added() const { return (WIDE ? TILE * warp : 0) + lane; }
     DEVICE_MEMBER int chunk() const { return WIDE ? 32 * warp + lane : lane; }
     DEVICE_MEMBER int rank() const { return WIDE ? 32 * warp + lane : lane; }
     DEVICE_MEMBER int size() const { return WIDE ? 32 * warps : 32; }
@@ -94,16 +101,16 @@ DEVICE unsigned chunk_mask(int count, int chunk) {
     return left > 31 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
 }
 
-/* A lane's chunk of a warp's 1024 bytes, which lie by turns, 32 to the row. */
+/* A lane's chunk of a warp's 1024 bytes. */
 DEVICE void read_row(const unsigned char *rows, int lane, unsigned *bytes) {
-    const uint4 *row = reinterpret_cast<const uint4 *>(rows + ROW * lane);
+    const uint4 *row = reinterpret_cast<const uint4 *>(rows + row_of(lane));
     uint4 low = row[0], high = row[1];
     bytes[0] = low.x, bytes[1] = low.y, bytes[2] = low.z, bytes[3] = low.w;
     bytes[4] = high.x, bytes[5] = high.y, bytes[6] = high.z, bytes[7] = high.w;
 }
 
 DEVICE void write_row(unsigned char *rows, int lane, const unsigned *bytes) {
-    uint4 *row = reinterpret_cast<uint4 *>(rows + ROW * lane);
+    uint4 *row = reinterpret_cast<uint4 *>(rows + row_of(lane));
     row[0] = uint4{bytes[0], bytes[1], bytes[2], bytes[3]};
     row[1] = uint4{bytes[4], bytes[5], bytes[6], bytes[7]};
 }

@@ -6,19 +6,26 @@ namespace qgenx {
 
 constexpr int MOST_LEVELS = 127, MOST_DEPTH = 15, MOST_INTERVALS = 8;
 
+/* Bins of few levels: the highest bits of u + BIN_START, which rise with u; 32 to the octave above BIN_START. */
+constexpr float BIN_START = 0x1p-12f;
+constexpr int BIN_SHIFT = 18, FIRST_BIN = (127 - 12) << 5, NUM_FEW_BINS = 400;
+
 /* Levels and words. A symbol is named by its index, and bit 7 of the name if it is negative. */
 struct Book {
     const unsigned char *symbols; /* of each word of `depth` bits, first bit lowest, zeros behind shorter ones */
+    const float *values;          /* few levels: of each word as a byte, zeros behind */
+    const unsigned char *bins;    /* few levels: how many of l_1 to l_(s-1) lie in lower bins, NUM_FEW_BINS */
     float levels[MOST_LEVELS + 1];
     float gaps[MOST_LEVELS + 1]; /* 1 / (l_{j+1} - l_j) */
-    float above[6];              /* l_1 to l_6 if s is at most 7, infinite from l_s on */
     int num_levels;              /* s */
     int uniform;                 /* whether l_j = float32(j / s) */
     int draw_bits;               /* 31, or as many as leave room for s of evenly spaced levels */
     int width;                   /* of the fixed code, else 0 */
     int depth, shortest;         /* bits of the longest word and of the shortest */
     int runs, ones;              /* how runs of zeros are coded, 0 none, 1 Rice, 2 omega; and whether ones' are too */
-    int limits[MOST_DEPTH + 1];  /* canonical: a word whose first d bits, as a number, are no less than this has more */
+    /* Few levels: a word of more than d + 1 bits has a first d + 1 that are no less than a limit, as a number. `below` has
+     * ones for each bit of it that is zero, and `more` has ones unless there is no such word. */
+    unsigned more[8], below[8][8];
     int num_intervals[MOST_DEPTH + 1];
     int intervals[MOST_DEPTH + 1][MOST_INTERVALS][2]; /* of the first d bits of words that have more: from, and up to */
     unsigned short words[256];                        /* of each symbol's name, first bit lowest */
@@ -29,6 +36,7 @@ struct Bucket {
     long long position;
     long long offset; /* in its segment */
     int segment, count;
+    int number, unused; /* in its segment */
 };
 
 struct EncodeJob {
@@ -38,7 +46,7 @@ struct EncodeJob {
     long long num_buckets;
     float *norms;
     unsigned short *lengths;    /* in bytes */
-    unsigned *codes;            /* `stride` words for each bucket */
+    unsigned *codes;            /* `stride` words for each bucket, a multiple of four */
     double *sums;               /* two for each bucket: of (decoded - v)^2 and of v^2 */
     unsigned long long *counts; /* [COPIES][128], how often each index was drawn */
     unsigned key[2];
@@ -75,6 +83,7 @@ struct DecodeJob {
     int *wrong;
     int num_payloads, num_segments, bucket_size;
     float divisor, factor;
+    double inverse; /* of the divisor, or 0: see `finished` */
     int warps;
 };
 

@@ -44,7 +44,7 @@ DEVICE Room room_of(Shelf &shelf, int words, int warps) {
     int groups = WIDE ? 1 : WARPS, own = WIDE ? 0 : int(threadIdx.x / 32);
     room.board = shelf.take<int>(MOST_WARPS + 4);
     room.carry = shelf.take<double>(16);
-    int rows = 32 * ROW * (WIDE ? warps : 1), code = 4 * ((words + 7) / 4 * 4);
+    int rows = ROWS * (WIDE ? warps : 1), code = 4 * ((words + 7) / 4 * 4);
     if (WIDE) {
         room.rows = shelf.take<unsigned char>(rows > code ? rows : code);
         room.code = reinterpret_cast<unsigned *>(room.rows);
@@ -61,12 +61,26 @@ DEVICE Group<WIDE> group_of(int warps, int *board) {
     return Group<WIDE>{int(threadIdx.x % 32), WIDE ? int(threadIdx.x / 32) : 0, warps, board};
 }
 
-DEVICE void load_tables(const Book &book, Tables &tables, bool few) {
+DEVICE void load_tables(const Book &book, Tables &tables) {
     for (int i = int(threadIdx.x); i < 256; i += int(blockDim.x)) {
-        tables.words[i] = book.words[few ? (i & 7) | (i & 8) << 4 : i];
+        tables.words[i] = book.words[i];
         if (i > MOST_LEVELS) continue;
         tables.levels[i] = book.levels[i];
-        tables.gaps[i] = few ? __fmul_rn(book.gaps[i], 0x1p31f) : book.gaps[i];
+        tables.gaps[i] = book.gaps[i];
+        tables.counts[i] = 0;
+    }
+    __syncthreads();
+}
+
+/* What is there of few levels: a thread has one of each, or four bins. */
+DEVICE void load_few(const Book &book, Tables &tables) {
+    int i = int(threadIdx.x);
+    if (i < NUM_FEW_BINS / 4)
+        reinterpret_cast<unsigned *>(tables.bins)[i] = reinterpret_cast<const unsigned *>(book.bins)[i];
+    if (i < 8) {
+        tables.levels[i] = book.levels[i];
+        tables.gaps[i] = book.gaps[i];
+        tables.pairs[i] = Level{book.levels[i], __fmul_rn(book.gaps[i], 0x1p31f)};
         tables.counts[i] = 0;
     }
     __syncthreads();
@@ -85,7 +99,10 @@ DEVICE void encode(const EncodeJob &job, unsigned char *shared) {
     Tables *tables = shelf.take<Tables>(1);
     Room room = room_of<WIDE>(shelf, SEARCH == Search::ANY ? job.stride + 2 : FEW_WORDS, job.warps);
     Group<WIDE> group = group_of<WIDE>(job.warps, room.board);
-    load_tables(job.book, *tables, SEARCH != Search::ANY);
+    if (SEARCH == Search::ANY)
+        load_tables(job.book, *tables);
+    else
+        load_few(job.book, *tables);
     long long bucket = WIDE ? (long long)blockIdx.x : (long long)blockIdx.x * WARPS + threadIdx.x / 32;
     if (bucket < job.num_buckets) encode_bucket<SEARCH>(job, bucket, group, room, *tables, tables->counts);
     add_counts(job, *tables);
@@ -121,11 +138,15 @@ DEVICE float value_of(const Book &book, unsigned name) {
     return name & 128 ? -level : level;
 }
 
-DEVICE void load_values(const Book &book, Values &values, bool few) {
-    for (int i = int(threadIdx.x); i < 256; i += int(blockDim.x)) {
-        unsigned name = few ? book.symbols[i] : unsigned(i);
-        values.of[i] = int(name & 127) > book.num_levels ? 0.0f : value_of(book, name);
-    }
+DEVICE void load_values(const Book &book, Values &values) {
+    for (int i = int(threadIdx.x); i < 256; i += int(blockDim.x))
+        values.of[i] = (i & 127) > book.num_levels ? 0.0f : value_of(book, unsigned(i));
+    __syncthreads();
+}
+
+DEVICE void load_few(const Book &book, Values &values) {
+    int i = int(threadIdx.x);
+    if (i < 64) reinterpret_cast<float4 *>(values.of)[i] = reinterpret_cast<const float4 *>(book.values)[i];
     __syncthreads();
 }
 
@@ -136,9 +157,12 @@ DEVICE void decode(const DecodeJob &job, unsigned char *shared) {
     int marks = (WIDE ? 32 * job.warps : 32) + 2, own = WIDE ? 0 : int(threadIdx.x / 32);
     unsigned *all = shelf.take<unsigned>(marks * (WIDE ? 1 : WARPS));
     int size = job.bucket_size < TILE * job.warps ? job.bucket_size : TILE * job.warps;
-    Room room = room_of<WIDE>(shelf, (most_bytes(job.book, size) + 3) / 4 + 3, job.warps);
+    Room room = room_of<WIDE>(shelf, FEW ? FEW_WORDS : (most_bytes(job.book, size) + 3) / 4 + 3, job.warps);
     Group<WIDE> group = group_of<WIDE>(job.warps, room.board);
-    load_values(job.book, *values, FEW);
+    if (FEW)
+        load_few(job.book, *values);
+    else
+        load_values(job.book, *values);
     long long bucket = WIDE ? (long long)blockIdx.x : (long long)blockIdx.x * WARPS + threadIdx.x / 32;
     if (bucket < job.num_buckets) decode_bucket<FEW>(job, bucket, group, room, all + marks * own, *values);
 }

@@ -23,7 +23,7 @@ DEVICE void norm_bucket(const MeasureJob &job, long long bucket, int lane) {
         most = bits > most ? bits : most;
         sum = add_squares(sum, value);
     }
-    float norm = job.linf ? __uint_as_float(highest_of(most)) : root_of(fold(sum));
+    float norm = job.linf ? __uint_as_float(highest_of(most)) : root_of(fold(sum, 0));
     if (lane == 0) job.norms[bucket] = norm;
 }
 

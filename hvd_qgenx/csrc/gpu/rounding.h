@@ -25,30 +25,43 @@ DEVICE double add_squares(double sum, float value) {
     return __fma_rn(next, next, __fma_rn(own, own, sum)); /* squares of float32 are exact in float64 */
 }
 
-/* The upper half of 16 lanes is added to the lower one until one is left, which all lanes get. */
-DEVICE double fold(double sum) {
+/* The upper half of 16 lanes is added to the lower one until one is left, which all lanes get from `first`. */
+DEVICE double fold(double sum, int first) {
 #pragma unroll
     for (int half = 8; half; half >>= 1) sum = __dadd_rn(sum, __shfl_xor_sync(ALL, sum, half));
-    return __shfl_sync(ALL, sum, 0);
+    return __shfl_sync(ALL, sum, first);
 }
 
-/* The sum of squares of a bucket that its group holds in registers. The chain goes from warp to warp. */
-template <bool WIDE>
+/* Of this lane's coordinates, or of their magnitudes: so a compiler makes float64 of them anew, for which, beside them,
+ * there are too few registers. */
+template <bool ABS>
+DEVICE double add_own(double sum, const float *v) {
+#pragma unroll
+    for (int t = 0; t < 32; t++) {
+        double own = ABS ? fabsf(v[t]) : v[t];
+        sum = __fma_rn(own, own, sum);
+    }
+    return sum;
+}
+
+/* The sum of squares of a bucket that its group holds in registers, 16 chains of which go from the first half of a warp
+ * to the second, and from warp to warp. AGAIN says that the coordinates are needed again. */
+template <bool AGAIN, bool WIDE>
 DEVICE double squares_of(const float *v, const Group<WIDE> &group, double *carry) {
     double sum = 0.0;
 #pragma unroll 1
     for (int turn = 0; turn < (WIDE ? group.warps : 1); turn++) {
         if (!WIDE || turn == group.warp) {
             if (WIDE && turn) sum = carry[group.lane & 15];
-#pragma unroll
-            for (int t = 0; t < 32; t++) sum = add_squares(sum, v[t]);
-            if (WIDE && group.lane < 16) carry[group.lane] = sum;
+            sum = __shfl_sync(ALL, add_own<false>(sum, v), group.lane & 15);
+            sum = add_own<AGAIN>(sum, v);
+            if (WIDE && group.lane > 15) carry[group.lane - 16] = sum;
         }
         if (WIDE) __syncthreads();
     }
     if (WIDE) sum = carry[group.lane & 15];
     if (WIDE) __syncthreads();
-    return fold(sum);
+    return fold(sum, 16);
 }
 
 /* Of bits of magnitudes, which rise with them; those of NaN are above those of infinity. */
@@ -83,6 +96,8 @@ DEVICE float largest_of(const float *v, const Group<WIDE> &group) {
 /* Norms below have a rounding of their own, and products with those above might not be normal numbers. */
 constexpr float SMALL_NORM = 0x1p-80f, LARGE_NORM = 0x1p80f;
 
+DEVICE bool is_plain(float norm) { return norm >= SMALL_NORM && norm <= LARGE_NORM; }
+
 /* A power of two by which values and norm are multiplied first, so that 1 / norm is a normal number. */
 DEVICE float scale_of(float norm) { return norm < SMALL_NORM ? 0x1p80f : norm > LARGE_NORM ? 0x1p-80f : 1.0f; }
 
@@ -102,30 +117,24 @@ DEVICE unsigned level_below(const float *levels, int num_levels, float u) {
     return index;
 }
 
+/* How the level below is found: evenly spaced ones need no search, of few there are bins. */
 enum class Search { UNIFORM, FEW, ANY };
 
 /* What coordinates of one bucket have in common while they are rounded. */
 struct Rounding {
     const Book &book;
-    const float *levels, *gaps; /* in shared memory; FEW's gaps are times 2^31 */
-    float norm, scale, factor;
+    const float *levels, *gaps; /* in shared memory */
+    float norm, scale, factor, top;
     unsigned counter, high; /* of the draws */
-    unsigned halves;        /* how this lane's elements take the bytes of a hash */
+    unsigned first, second; /* which bytes of two hashes, this lane's and its partner's, its elements take */
 };
 
 /* The place between levels in units of 2^-bits of a gap, and the level below. */
-template <Search SEARCH>
 DEVICE float place_of(float v, const Rounding &r, unsigned &below) {
     float x = __fmul_rn(__fmul_rn(fabsf(v), r.scale), r.factor);
     below = 0;
-    if (SEARCH == Search::UNIFORM || (SEARCH == Search::ANY && r.book.uniform))
-        return fminf(x, float(unsigned(r.book.num_levels) << r.book.draw_bits));
+    if (r.book.uniform) return fminf(x, r.top);
     float u = fminf(x, 1.0f);
-    if (SEARCH == Search::FEW) {
-#pragma unroll
-        for (int j = 0; j < 6; j++) below += r.book.above[j] <= u;
-        return __fmul_rn(__fsub_rn(u, r.levels[below]), r.gaps[below]);
-    }
     below = level_below(r.levels, r.book.num_levels, u);
     return __fmul_rn(__fmul_rn(__fsub_rn(u, r.levels[below]), r.gaps[below]), 0x1p31f);
 }
@@ -152,37 +161,34 @@ DEVICE unsigned rounded(float x, unsigned random, int bits) {
     return (__float2uint_rn(x) + (random >> (32 - bits))) >> bits;
 }
 
-template <Search SEARCH, bool SMALL>
-DEVICE unsigned index_of(float v, const Rounding &r, unsigned random) {
+DEVICE unsigned index_of(float v, const Rounding &r, unsigned random, bool small) {
     unsigned below;
-    float place = SMALL ? small_place_of(v, r, below) : place_of<SEARCH>(v, r, below);
-    int bits = SMALL || SEARCH == Search::FEW ? 31 : r.book.draw_bits;
-    return below + rounded(place, random, bits);
+    float place = small ? small_place_of(v, r, below) : place_of(v, r, below);
+    return below + rounded(place, random, small ? 31 : r.book.draw_bits);
 }
 
 /* What a bucket's draws begin with; its first element is that coordinate of the vector. */
 template <bool WIDE>
 DEVICE void set_counter(Rounding &r, const unsigned *key, long long position, const Group<WIDE> &group) {
     int lane = group.lane; /* of two that share a hash, eight apart, the upper makes it for the next turn */
-    r.counter = unsigned(position) + key[0] + 8 * (lane >> 4) + (lane & 7) + (lane & 8 ? 16 : 0);
+    r.counter = unsigned(position) + key[0] + 16 * (lane & 16) + (lane & 15);
     if (WIDE) r.counter += unsigned(TILE / 2 * group.warp);
     r.high = key[1] + unsigned(position >> 32) * 0x9E3779B9u;
-    r.halves = lane & 8 ? 0x3210 : 0x1032; /* the lower one takes them swapped */
+    r.first = lane & 8 ? 0x7654 : 0x1032, r.second = lane & 8 ? 0x3210 : 0x5476; /* the lower one swaps them */
 }
 
 DEVICE void set_norm(Rounding &r, float norm) {
-    float top = r.book.uniform ? float(unsigned(r.book.num_levels) << r.book.draw_bits) : 1.0f;
+    r.top = r.book.uniform ? float(unsigned(r.book.num_levels) << r.book.draw_bits) : 1.0f;
     r.norm = norm;
     r.scale = scale_of(norm);
-    r.factor = __fdiv_rn(top, __fmul_rn(norm, r.scale));
+    r.factor = __fdiv_rn(r.top, __fmul_rn(norm, r.scale));
 }
 
 /* The random bits of turns t and t + 1. */
-DEVICE void draw_two(const Rounding &r, int t, int lane, unsigned &first, unsigned &second) {
-    bool upper = lane & 8;
-    unsigned kept = hash(r.counter + 16 * t, r.high), taken = __shfl_xor_sync(ALL, kept, 8);
-    first = __byte_perm(upper ? taken : kept, 0, r.halves);
-    second = __byte_perm(upper ? kept : taken, 0, r.halves);
+DEVICE void draw_two(const Rounding &r, int t, unsigned &first, unsigned &second) {
+    unsigned own = hash(r.counter + 8 * t, r.high), other = __shfl_xor_sync(ALL, own, 8);
+    first = __byte_perm(own, other, r.first);
+    second = __byte_perm(own, other, r.second);
 }
 
 }  // namespace qgenx
