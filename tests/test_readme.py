@@ -22,6 +22,8 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
         ("docs/exchange.md", "exchange_memory", ""),
         ("docs/exchange.md", "exchange_time", ""),
         ("docs/exchange.md", "overlap_time", ""),
+        ("docs/probe.md", "auto_choice", ""),
+        ("docs/ddp.md", "ddp_time", ""),
         ("README.md", "exchange_time", " --brief"),
     ],
 )
