@@ -163,6 +163,7 @@ def run(train: Callable[[], None], script: str, *expected: type[Exception]) -> i
     try:
         try:
             train()
+            launch.end()
         except (TrainingError, *expected):
             raise
         except world.other_rank_left():

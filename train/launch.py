@@ -30,6 +30,13 @@ def start() -> None:
         horovod().init()
 
 
+def end() -> None:
+    """Parts the ranks, once all are here: torch's threads must not outlive the interpreter."""
+    if by_torchrun():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def describe() -> str:
     if by_torchrun():
         return f"{size()} ranks, launched by torchrun: gradients travel over torch.distributed ({dist.get_backend()})."

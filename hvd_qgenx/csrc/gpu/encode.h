@@ -152,8 +152,9 @@ DEVICE int write_bucket_few(const EncodeJob &job, int count, const Group<false> 
 }
 
 template <Search SEARCH, bool WIDE>
-DEVICE void encode_bucket(const EncodeJob &job, long long bucket, const Group<WIDE> &group, const Room &room,
+DEVICE void encode_bucket(const EncodeJob &job, unsigned number, const Group<WIDE> &group, const Room &room,
                           const Tables &tables, unsigned *counts) {
+    long long bucket = number; /* a wide one would keep a register more, and there are none */
     Bucket place = job.buckets[bucket];
     float v[32];
     load_tile(job.segments[place.segment] + place.offset, place.count, group, v);

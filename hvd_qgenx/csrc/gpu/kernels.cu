@@ -104,7 +104,7 @@ DEVICE void encode(const EncodeJob &job, unsigned char *shared) {
     else
         load_few(job.book, *tables);
     long long bucket = WIDE ? (long long)blockIdx.x : (long long)blockIdx.x * WARPS + threadIdx.x / 32;
-    if (bucket < job.num_buckets) encode_bucket<SEARCH>(job, bucket, group, room, *tables, tables->counts);
+    if (bucket < job.num_buckets) encode_bucket<SEARCH>(job, unsigned(bucket), group, room, *tables, tables->counts);
     add_counts(job, *tables);
 }
 
