@@ -286,7 +286,7 @@ class QGenXState:
         assert exchange is not None
         fused = exchange.fuse(backward.gradients)
         exchange.settle()
-        exchange.adapt_if_due(fused)
+        exchange.adapt_or_withdraw(fused)
         collected = exchange.collect(exchange.submit(fused, "step"), self._ordered_names)
         backward.segments = collected.means
         for bucket in backward.buckets:

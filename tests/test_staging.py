@@ -1,4 +1,4 @@
-"""Vectors on a device without kernels: copies and their order, on the CPU; and every test of the codec and segments."""
+"""Vectors on a device without kernels: copies and their order, on the CPU."""
 
 import sys
 from pathlib import Path
@@ -6,76 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvd_qgenx import Codec, Key, Levels, backends
+from hvd_qgenx import Codec, Key, Levels
 from hvd_qgenx.backends.compiled import Compiled, best_path
-from hvd_qgenx.backends.cuda.device import Device, DeviceError
+from hvd_qgenx.backends.cuda.device import DeviceError
 from hvd_qgenx.backends.cuda.staging import AHEAD, Staged
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 from cases import Case, compare, compare_damaged
-from test_codec import *  # noqa: F403
-from test_segments import *  # noqa: F403
-
-
-class Late(Device):
-    """Memory of the CPU, where a copy is made when it is waited for, as late as a device may make it."""
-
-    name = "late"
-
-    def __init__(self):
-        self.log, self.left = [], []
-
-    def launch(self, *arguments):
-        raise AssertionError("there are no kernels")
-
-    def pinned(self, num_bytes):
-        self.log.append(("pinned", num_bytes))
-        return torch.full((num_bytes,), 0xA5, dtype=torch.uint8)
-
-    def copy_aside(self, pairs, where):
-        number = len([entry for entry in self.log if entry[0] == "start"])
-        self.log.append(("start", number))
-        self.left.append((number, pairs))
-
-        def wait():
-            # In the order in which they were started, as on a stream.
-            while self.left and self.left[0][0] <= number:
-                for target, source in self.left.pop(0)[1]:
-                    target.copy_(source)
-            self.log.append(("done", number))
-
-        return wait
-
-    def wait(self, where):
-        raise AssertionError("all is waited for by its own event")
-
-
-class Prompt(Late):
-    """The same, but a copy is made at once: for who reads means without an event of his own."""
-
-    name = "prompt"
-
-    def copy_aside(self, pairs, where):
-        wait = super().copy_aside(pairs, where)
-        wait()
-        return lambda: None
-
-
-@pytest.fixture(autouse=True)
-def on_a_device_without_kernels():
-    with backends.force(Staged(Prompt())):
-        yield
-
-
-@pytest.fixture
-def path(on_a_device_without_kernels):
-    """Where the tests of segments go through the core's paths, they go through the staging here."""
-    return "staged"
-
-
-# Of the core alone.
-del test_what_an_encoding_measures_is_what_receivers_will_see  # noqa: F821
-del test_more_coordinates_than_int32_can_count, test_large_means_do_not_depend_on_threads  # noqa: F821
+from late import Late, Prompt
 
 
 def test_what_is_staged_has_the_core_s_bytes_means_and_refusals():
