@@ -234,9 +234,10 @@ class Messenger:
         return f".{self.communication.number}"
 
     def watch(self, pending: Pending, what: Callable[[], str]) -> Watched:
-        """The operation, with a wait that says after a while what it waits for."""
+        """Begins the operation; its wait says after a while what it waits for."""
         watched = Watched(pending, self.transport, what)
         self._under_way = [*(one for one in self._under_way if not one.taken), watched]
+        watched.begin()
         return watched
 
     def _exchange_of(self, message: Tensor) -> str:
@@ -251,7 +252,7 @@ class Messenger:
         Raises:
             DisagreementError: if what arrived says that a rank came back to that exchange before it had sent its part.
         """
-        left, self._under_way = [one for one in self._under_way if not one.taken], []
+        left, self._under_way = [one for one in self._under_way if one.begun and not one.taken], []
         for result in [one.wait() for one in left]:
             if result.dtype == torch.uint8:
                 compare_interrupted(split(result)[0], self.transport.members)

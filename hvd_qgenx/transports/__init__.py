@@ -1,4 +1,4 @@
-"""Bytes without meaning: collectives on a group of ranks, each started at once and waited for later.
+"""Bytes without meaning: collectives on a group of ranks, each begun at once and waited for later.
 
 A transport is a room beside ``horovod``; only that room imports its framework.
 """
@@ -16,7 +16,17 @@ class LostError(RuntimeError):
 
 
 class Pending(ABC):
-    """An operation that has been started."""
+    """An operation. It is kept first, and begun then.
+
+    What a signal's handler raises, as KeyboardInterrupt, Python raises as soon as a call returns. Of an operation that
+    was begun first nobody might know, and its name would be taken for ever.
+    """
+
+    #: Whether other ranks may have it already.
+    begun = True
+
+    def begin(self) -> None:  # noqa: B027 - nothing travels
+        """Starts it and returns at once."""
 
     @abstractmethod
     def done(self) -> bool:
@@ -61,9 +71,9 @@ class Patience:
 
 
 class Transport(ABC):
-    """The ranks that exchange. Every verb returns at once; several operations may be in flight, each under its name.
+    """The ranks that exchange. A verb makes an operation; several may be in flight, each under its name.
 
-    All ranks must start operations of equal names; their order is free. A tensor that was handed over must not change
+    All ranks must begin operations of equal names; their order is free. A tensor that was handed over must not change
     until its operation is done.
     """
 

@@ -62,40 +62,70 @@ def launcher_board() -> LauncherBoard | None:
     return LauncherBoard(address, port) if address and port else None
 
 
-class _Handle(Pending):
-    """A handle of Horovod's; its own wait spins, and takes the core that a slower rank needs to arrive."""
+class _Operation(Pending):
+    """One of Horovod's, under a name that it takes again only once this one has ended.
 
-    def __init__(self, handle: int, key: tuple[int, str], dtype: torch.dtype | None = None):
-        self.handle, self.key, self.dtype, self.epoch = handle, key, dtype, _epoch()
+    Args:
+        transport: whose ranks take part.
+        name: of the operation.
+        verb: "allgather", "alltoall" or "allreduce", by the names of Horovod's core.
+        tensor: what it takes first.
+        arguments: what else it takes, with ``result`` in its place, which it fills.
+        dtype: as what the result is seen; None leaves it as it is.
+    """
+
+    def __init__(
+        self, transport: HorovodTransport, name: str, verb: str, tensor: Tensor, arguments: tuple, result: Tensor,
+        dtype: torch.dtype | None = None,
+    ):  # fmt: skip
+        self.transport, self.name, self.result, self.dtype = transport, name, result, dtype
+        self.key, self.epoch = (transport.process_set.process_set_id, name), _epoch()
+        self.function = getattr(mpi_ops.mpi_lib, f"horovod_torch_{verb}_async_{tensor.type().replace('.', '_')}")
+        self.arguments = (tensor, *arguments, transport.process_set.process_set_id)
+        self.numbers: list[int] = []
+        self.failure: HorovodLostError | None = None
+
+    def begin(self) -> None:
+        left = _UNDER_WAY.get(self.key)
+        if left is not None and left.begun and left.epoch is _epoch():
+            # Somebody interrupted the exchange that started it; the other ranks may not have come to it yet.
+            Watched(left, self.transport, lambda: f"an interrupted operation named {self.name}").wait()
+        _UNDER_WAY[self.key] = self
+        try:
+            keep(self.numbers, self.function, self.arguments)
+        except RuntimeError as error:  # some rank has ended the job already
+            self.failure = HorovodLostError(str(error))
+
+    @property
+    def begun(self) -> bool:  # type: ignore[override]
+        return bool(self.numbers)
 
     def done(self) -> bool:
-        # A handle of ranks that have parted says nothing any more.
-        return self.epoch is not _epoch() or hvd.poll(self.handle)
+        # A number of ranks that have parted says nothing any more.
+        return bool(self.failure) or self.epoch is not _epoch() or hvd.poll(self.numbers[0])
 
     def wait(self) -> Tensor:
         if self.epoch is not _epoch():
             raise HorovodLostError("Horovod was initialized anew meanwhile")
+        if self.failure:
+            raise self.failure
         try:
-            result = hvd.synchronize(self.handle)
-        except HorovodInternalError as error:
+            mpi_ops.mpi_lib.horovod_torch_wait_and_clear(self.numbers[0])  # it spins, so ``done`` is asked before
+        except RuntimeError as error:
             raise HorovodLostError(str(error)) from error
         finally:
-            _UNDER_WAY.pop(self.key, None)
-        result = result[0] if isinstance(result, tuple) else result  # alltoall adds the lengths
-        return result if self.dtype is None else result.view(self.dtype)
+            if _UNDER_WAY.get(self.key) is self:
+                del _UNDER_WAY[self.key]
+        return self.result if self.dtype is None else self.result.view(self.dtype)
 
 
-class _Failed(Pending):
-    """An operation that could not even be started."""
+def keep(numbers: list[int], function: Callable[..., int], arguments: Sequence[object]) -> None:
+    """Calls a function of C and appends what it returns, so that no signal can come in between.
 
-    def __init__(self, error: LostError):
-        self.error = error
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> Tensor:
-        raise self.error
+    Python hears signals only between its own instructions, and there is none here from the call to the list. Starting
+    an operation may take half a second, in which a signal is likely, where Horovod holds its lock of process sets.
+    """
+    numbers.extend(map(function, *([argument] for argument in arguments)))
 
 
 def _epoch() -> object:
@@ -103,8 +133,8 @@ def _epoch() -> object:
     return mpi_ops._handle_map
 
 
-#: Operations that nobody has waited for yet, by process set and name, which Horovod takes only once at a time.
-_UNDER_WAY: dict[tuple[int, str], _Handle] = {}
+#: Operations that nobody has waited for yet, by process set and name.
+_UNDER_WAY: dict[tuple[int, str], _Operation] = {}
 
 
 class HorovodTransport(Transport):
@@ -152,37 +182,17 @@ class HorovodTransport(Transport):
 
     def allgather(self, message: Tensor, name: str, lane: int = 0) -> Pending:
         words = message.view(_LANES[lane % len(_LANES)])
-        return self._start(
-            name, lambda: hvd.allgather_async(words, name=name, process_set=self.process_set), torch.uint8
-        )
+        result = words.new_empty(0)
+        return _Operation(self, name, "allgather", words, (result, name.encode()), result, torch.uint8)
 
     def alltoall(self, messages: Tensor, splits: Tensor, name: str) -> Pending:
-        return self._start(name, lambda: hvd.alltoall_async(messages, splits, name=name, process_set=self.process_set))
+        result, lengths = messages.new_empty(0), splits.new_empty(0)
+        return _Operation(self, name, "alltoall", messages, (splits, result, lengths, name.encode()), result)
 
     def allreduce(self, vector: Tensor, name: str, mean: bool, predivide: float = 1.0) -> Pending:
-        return self._start(
-            name,
-            lambda: hvd.allreduce_async_(
-                vector,
-                name=name,
-                op=hvd.Average if mean else hvd.Sum,
-                prescale_factor=1.0 / predivide,
-                postscale_factor=predivide,
-                process_set=self.process_set,
-            ),
-        )
-
-    def _start(self, name: str, begin: Callable[[], int], dtype: torch.dtype | None = None) -> Pending:
-        key = self.process_set.process_set_id, name
-        left = _UNDER_WAY.pop(key, None)
-        if left is not None and left.epoch is _epoch():
-            # Somebody interrupted the exchange that started it; the other ranks may not have come to it yet.
-            Watched(left, self, lambda: f"an interrupted operation named {name}").wait()
-        try:
-            _UNDER_WAY[key] = handle = _Handle(begin(), key, dtype)
-        except HorovodInternalError as error:  # some rank has ended the job already
-            return _Failed(HorovodLostError(str(error)))
-        return handle
+        factors = 1.0 / predivide, predivide
+        divisor, op = 1, hvd.Average if mean else hvd.Sum
+        return _Operation(self, name, "allreduce", vector, (vector, divisor, name.encode(), op, *factors), vector)
 
 
 class _Leaders(HorovodTransport):

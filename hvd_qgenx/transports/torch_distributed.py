@@ -32,13 +32,20 @@ Finish = Callable[[], Tensor]
 class _Operation(Pending):
     """Something that the thread starts, in its turn; ``start`` then says how its result is waited for."""
 
-    def __init__(self, start: Callable[[], tuple[dist.Work, Finish]]):
-        self._start, self._is_started = start, threading.Event()
+    begun = False
+
+    def __init__(self, start: Callable[[], tuple[dist.Work, Finish]], post: Callable[[_Operation], None]):
+        self._start, self._post, self._is_started = start, post, threading.Event()
         self._work: dist.Work | None = None
         self._finish: Finish | None = None
         self._error: BaseException | None = None
 
+    def begin(self) -> None:
+        self.begun = True
+        self._post(self)
+
     def run(self) -> None:
+        """Starts it; on the thread."""
         try:
             self._work, self._finish = self._start()
         except BaseException as error:  # whatever it is, it belongs to the one that waits
@@ -110,24 +117,22 @@ class TorchTransport(Transport):
         check_initialized()
 
     def allgather(self, message: Tensor, name: str, lane: int = 0) -> Pending:
-        return self._post(lambda: self._start_allgather(message))
+        return _Operation(lambda: self._start_allgather(message), self._post)
 
     def alltoall(self, messages: Tensor, splits: Tensor, name: str) -> Pending:
-        return self._post(lambda: self._start_alltoall(messages, splits))
+        return _Operation(lambda: self._start_alltoall(messages, splits), self._post)
 
     def allreduce(self, vector: Tensor, name: str, mean: bool, predivide: float = 1.0) -> Pending:
-        return self._post(lambda: self._start_allreduce(vector, mean, predivide))
+        return _Operation(lambda: self._start_allreduce(vector, mean, predivide), self._post)
 
     # ---- what the thread does ----------------------------------------------------------------------------------------
 
-    def _post(self, start: Callable[[], tuple[dist.Work, Finish]]) -> Pending:
+    def _post(self, operation: _Operation) -> None:
         if self._queue is None:
             self._queue = queue.SimpleQueue()
             threading.Thread(target=_run, args=(self._queue,), name="hvd_qgenx.transport", daemon=True).start()
             weakref.finalize(self, self._queue.put, None)
-        operation = _Operation(start)
         self._queue.put(operation)
-        return operation
 
     def _start_allgather(self, message: Tensor) -> tuple[dist.Work, Finish]:
         lengths = self._lengths(torch.tensor([len(message)], dtype=torch.int64, device="cpu"))

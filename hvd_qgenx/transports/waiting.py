@@ -69,6 +69,13 @@ class Watched(Pending):
         #: Whether its result, or its error, has been taken.
         self.taken = False
 
+    def begin(self) -> None:
+        self._pending.begin()
+
+    @property
+    def begun(self) -> bool:
+        return self._pending.begun
+
     def done(self) -> bool:
         return self._pending.done()
 

@@ -15,6 +15,7 @@ import hvd_qgenx
 from hvd_qgenx import Compression
 from hvd_qgenx.exchange import DisagreementError
 from hvd_qgenx.transports import LostError, Patience
+from hvd_qgenx.transports.waiting import Watched
 
 FINE = {"bits": 8, "levels": "uniform", "norm": "linf"}
 RANK, SIZE = hvd.rank(), hvd.size()
@@ -247,8 +248,16 @@ KINDS = {"none": Compression.none, "qgenx": Compression.qgenx(**FINE), "adapts":
 
 
 @pytest.mark.parametrize("compression", KINDS)
-def test_an_exchange_that_some_wait_for_and_that_one_was_kept_from_is_told_to_all_and_can_be_repeated(compression):
+@pytest.mark.parametrize("where", ["wait", "begin"])
+def test_an_exchange_that_some_wait_for_and_that_one_was_kept_from_is_told_to_all_and_can_be_repeated(
+    compression, where, monkeypatch
+):
     model, optimizer, before = about_to_step(compression)
+    begin = Watched.begin
+
+    def begin_and_be_interrupted(operation):
+        begin(operation)
+        raise Alarm
 
     def keep_from(*_):
         raise Alarm
@@ -260,7 +269,10 @@ def test_an_exchange_that_some_wait_for_and_that_one_was_kept_from_is_told_to_al
         optimizer._exchange.settle = settle
         time.sleep(1.0)  # until the others have been interrupted, too; else they would learn of this in their step
     else:
-        assert interrupted(optimizer.step)
+        with monkeypatch.context() as patched:
+            if where == "begin":
+                patched.setattr(Watched, "begin", begin_and_be_interrupted)
+            assert interrupted(optimizer.step)
     message = message_on_all_ranks(DisagreementError, lambda: iterate(model, optimizer))
     assert message == "rank 0 was interrupted in an exchange that no rank has made: it can be repeated, on all ranks"
     iterate(model, optimizer)

@@ -18,6 +18,8 @@ def _joined(tmp_path, lanes) -> bool:
     for round_ in range(10):
         message = torch.zeros(2**16, dtype=torch.uint8)
         pending = [transport.allgather(message, f"lanes.{lanes}.{i}", lane) for i, lane in enumerate(lanes)]
+        for operation in pending:
+            operation.begin()
         assert all(len(operation.wait()) == RANKS * 2**16 for operation in pending), round_
     hvd.barrier()
     hvd.stop_timeline()
