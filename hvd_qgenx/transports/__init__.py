@@ -22,8 +22,10 @@ class Pending(ABC):
     was begun first nobody might know, and its name would be taken for ever.
     """
 
-    #: Whether other ranks may have it already.
-    begun = True
+    @property
+    def begun(self) -> bool:
+        """Whether other ranks may have it already."""
+        return True
 
     def begin(self) -> None:  # noqa: B027 - nothing travels
         """Starts it and returns at once."""

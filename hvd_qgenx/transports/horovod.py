@@ -97,7 +97,7 @@ class _Operation(Pending):
             self.failure = HorovodLostError(str(error))
 
     @property
-    def begun(self) -> bool:  # type: ignore[override]
+    def begun(self) -> bool:
         return bool(self.numbers)
 
     def done(self) -> bool:

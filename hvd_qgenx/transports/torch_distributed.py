@@ -32,17 +32,20 @@ Finish = Callable[[], Tensor]
 class _Operation(Pending):
     """Something that the thread starts, in its turn; ``start`` then says how its result is waited for."""
 
-    begun = False
-
     def __init__(self, start: Callable[[], tuple[dist.Work, Finish]], post: Callable[[_Operation], None]):
         self._start, self._post, self._is_started = start, post, threading.Event()
+        self._is_posted = False
         self._work: dist.Work | None = None
         self._finish: Finish | None = None
         self._error: BaseException | None = None
 
     def begin(self) -> None:
-        self.begun = True
+        self._is_posted = True
         self._post(self)
+
+    @property
+    def begun(self) -> bool:
+        return self._is_posted
 
     def run(self) -> None:
         """Starts it; on the thread."""
