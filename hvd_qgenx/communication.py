@@ -34,7 +34,7 @@ class Communication:
         adaptations: how often ranks shared statistics to fit levels, in this process.
         adaptation_seconds, adaptation_bytes: what that took: wall time, waiting for the other ranks included, and
             the part of ``bytes_sent`` that statistics are.
-        measurement_bytes: the part of ``bytes_sent`` that was sent to measure the network, before "auto" chose.
+        measurement_bytes: what was sent to measure the network, before "auto" chose; not in ``bytes_sent``.
         seconds: wall time by phase: in "encode" and "decode", at work on vectors; in "wait", for messages of other
             ranks. The same ranges are in torch's profiler, see ``measure``.
     """
@@ -136,6 +136,8 @@ class Communication:
             f"{self.bits_per_coordinate:.2f} bits per coordinate",
             f"{self.ratio:.1f}x less than float32",
         ]
+        if self.measurement_bytes:
+            parts.append(f"{self.measurement_bytes:,} more to measure the network")
         if self.host_bytes:
             parts.append(f"{self.host_bytes:,} bytes within the host")
         if self.variance is not None:

@@ -166,7 +166,9 @@ def measure_and_choose(
     works = {way: meter.work(rehearsal) for way, rehearsal in rehearsals.items()}
     decide = partial(choose, network, numel=numel, in_parts=in_parts, tokens=tokens)
     choice = decide(works)
-    messenger.communication.measurement_bytes += messenger.communication.bytes_sent - sent
+    communication = messenger.communication
+    communication.measurement_bytes += communication.bytes_sent - sent
+    communication.bytes_sent = sent
     if messenger.transport.rank == 0:
         alone = {way: decide({way: work}) for way, work in works.items()}
         _LOGGER.info("%s", explain(network, alone, numel, choice))
