@@ -6,7 +6,9 @@
     make experiment PRESET=paper HOSTS=node1,node2,node3        # the full thing, one GPU per host
 
 Every run is a folder under runs/; a run that is there is not made again, and one that was cut off goes on, so that the
-same command continues after Ctrl-C. At the end train/compare.py draws NAME.png and writes NAME.md and NAME.csv.
+same command continues after Ctrl-C. At the end train/compare.py draws NAME.png and NAME_brief.png and writes NAME.md
+and NAME.csv. With --out NAME, the small files of finished runs are kept in the folder NAME too, and not made again
+where they are there: so runs of several days, or machines of one kind, become one figure.
 
 What the small size can show: bytes, time, and whether compression changes where training goes. It cannot show the
 paper's FIDs: its networks are smaller, its iterations are a thousandth, and FID at a few hundred samples has a large
@@ -16,8 +18,10 @@ bias. KID has none, but a standard error, which is printed.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,23 +29,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from laboratory import LaboratoryError, horovodrun, laboratory
-from records import ROOT
+from records import ROOT, provenance
 
 COMPRESSIONS = ("none", "fp16", "fixed8", "fixed4", "qgenx:bits=4", "qgenx:bits=3")
 TRAIN = ROOT / "train"
-#: Of the size "small": meant for six runs in an hour on 2 cores. The networks are wide for so few images, so that
-#: there is something to send: at width 64 a gradient in float32 is 2.9 MB.
+RESULTS = ROOT / "benchmarks" / "results" / "experiment.csv"
+#: Of the size "small": meant for six runs in an hour on 2 cores. These networks are cheap to compute for what there is
+#: to send: a gradient in float32 is 2.7 MB.
 SMALL = {
-    "iterations": "300",
+    "network": "dcgan",
+    "iterations": "1200",
     "minutes": "600",
-    "width": "64",
+    "width": "24",
     "latent": "64",
-    "batch": "12",
+    "batch": "48",
+    "lr-generator": "2e-4",
+    "lr-critic": "2e-3",
+    "beta1": "0.5",
     "average": "0.97",
     "log-every": "10",
-    "sample-every": "100",
-    "checkpoint-every": "50",
-    "score-every": "75",
+    "sample-every": "400",
+    "checkpoint-every": "150",
+    "score-every": "150",
     "score-samples": "192",
     "reference": "1000",
     "data": "auto",
@@ -60,6 +69,9 @@ TINY = {
     "data": "digits",
 }
 SIZES = {"small": SMALL, "tiny": TINY}
+#: What is kept of a run: no weights and no pictures.
+KEPT = ("config.json", "metrics.jsonl", "scores.jsonl", "summary.json")
+MADE = "made.json"  # on which links, at which commit, when and on which device
 Launch = Callable[[list[str]], int]
 
 
@@ -116,10 +128,13 @@ def launcher(flags: argparse.Namespace):
 
 def experiment(flags: argparse.Namespace) -> int:
     base = ROOT / "runs" / name_of(flags)
+    out = flags.out or base / "figure"
     plan = [(seed, compression) for seed in range(flags.seeds) for compression in flags.compressions]
-    folders = [run_folder(base, compression, seed) for seed, compression in plan]
     with launcher(flags) as launch:
-        for (seed, compression), folder in zip(plan, folders, strict=True):
+        for seed, compression in plan:
+            folder = run_folder(base, compression, seed)
+            if state(out / folder.name) == "finished":
+                continue
             words = [*settings(flags.size), "--seed", str(seed), "--compression", compression]
             # The laboratory's hosts share this machine's cores, and each believes that they are its own.
             words += [*(["--threads", "1"] if flags.rate else []), *flags.flags]
@@ -127,9 +142,49 @@ def experiment(flags: argparse.Namespace) -> int:
             if code or state(folder) != "finished":
                 print(f"experiment.py: {folder} did not finish; the same command goes on from here.", file=sys.stderr)
                 return code or 1
-    return subprocess.run(
-        [sys.executable, str(TRAIN / "compare.py"), *map(str, folders), "--out", str(flags.out or base / "figure")]
-    ).returncode
+            keep(folder, out / folder.name, flags.rate)
+    kept = [run_folder(out, compression, seed) for seed, compression in plan]
+    code = subprocess.run([sys.executable, str(TRAIN / "compare.py"), *map(str, kept), "--out", str(out)]).returncode
+    if not code:
+        sign(out.with_suffix(".csv"), kept)
+    return code
+
+
+def keep(folder: Path, target: Path, rate: str | None) -> None:
+    """Copies what tables and figures are made of; of its settings all but where the run was."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        shutil.copy(folder / name, target / name)
+    config = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "out": folder.name}, indent=2) + "\n")
+    (target / MADE).write_text(json.dumps({"rate": rate or "none", **provenance()}) + "\n")
+
+
+def table(brief: bool = False) -> str:
+    """Of the committed rows, as docs/experiment.md shows them; ``brief`` as README does."""
+    sys.path.insert(0, str(TRAIN))
+    import compare
+
+    groups = compare.read_csv(RESULTS)
+    return compare.brief_table(groups) if brief else compare.table(groups)
+
+
+def brief_table() -> str:
+    return table(brief=True)
+
+
+def sign(path: Path, folders: list[Path]) -> None:
+    """Adds to every row of a CSV how its run was made."""
+    made = {}
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        made[config["compression"], str(config["seed"])] = json.loads((folder / MADE).read_text())
+    with open(path, newline="") as file:
+        rows = [{**row, **made[row["label"], row["seed"]]} for row in csv.DictReader(file)]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def name_of(flags: argparse.Namespace) -> str:

@@ -55,8 +55,10 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_with_mean_and_spread(t
     assert (tmp_path / "figure.md").read_text() == text + "\n"
     with open(tmp_path / "figure.csv", newline="") as file:
         assert [row["kid"] for row in csv.DictReader(file)] == ["0.4", "0.2", "0.4", "0.3", "0.5", "0.2"]
-    with Image.open(tmp_path / "figure.png") as picture:
-        assert picture.size[0] > 1000
+    assert compare.table(compare.read_csv(tmp_path / "figure.csv")) == text
+    for name in ("figure.png", "figure_brief.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size[0] > 1000
 
 
 def test_other_differences_are_in_the_label(tmp_path):
@@ -159,6 +161,8 @@ def test_the_experiment_ends_in_the_figure_and_begins_nothing_twice(tiny):
     assert "FID and KID of 6 samples against 6 training images." in text
     scores = [json.loads(line) for line in (tiny / "none-seed0" / "scores.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in scores] == [2, 4]
+    with open(tiny / "figure.csv", newline="") as file:
+        assert all(row["rate"] == "none" and row["commit"] and row["device"] for row in csv.DictReader(file))
     again = experiment.experiment(
         experiment.parse_flags(["--size", "tiny", "--ranks", "2", "--compressions", "none", "qgenx:bits=4"])
     )

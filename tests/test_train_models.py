@@ -1,4 +1,4 @@
-"""train/models.py: shapes, sizes, norms, and the losses against values worked out by hand."""
+"""train/models.py and dcgan.py: shapes, sizes, norms, and the losses against values worked out by hand."""
 
 import sys
 from pathlib import Path
@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train import models
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
+import models
+from dcgan import DcganCritic, DcganGenerator
+from networks import NETWORKS, make_critic, make_generator
+
+sys.path.pop(0)
 
 
 class LinearCritic(nn.Module):
@@ -22,16 +26,18 @@ class LinearCritic(nn.Module):
         return images.flatten(1) @ self.weight
 
 
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("width", [4, 24])
-def test_the_generator_makes_colour_images_between_minus_one_and_one(width):
-    images = models.Generator(width, latent=5)(torch.randn(3, 5))
+def test_the_generator_makes_colour_images_between_minus_one_and_one(network, width):
+    images = make_generator(network, width, 5)(torch.randn(3, 5))
     assert images.shape == (3, 3, 32, 32)
     assert images.abs().max() <= 1
 
 
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("width", [4, 24])
-def test_the_critic_gives_one_number_per_image(width):
-    assert models.Critic(width)(torch.randn(3, 3, 32, 32)).shape == (3,)
+def test_the_critic_gives_one_number_per_image(network, width):
+    assert make_critic(network, width)(torch.randn(3, 3, 32, 32)).shape == (3,)
 
 
 def test_parameter_counts_at_width_128_are_those_of_the_experiment():
@@ -39,18 +45,37 @@ def test_parameter_counts_at_width_128_are_those_of_the_experiment():
     assert models.count_parameters(models.Critic(128)) == 1_053_825
 
 
-def test_there_is_no_batchnorm_and_no_norm_at_all_in_the_critic():
-    generator, critic = models.Generator(8), models.Critic(8)
+def test_a_dcgan_has_the_layers_of_its_source():
+    """From noise to 512 x 4 x 4, 256 x 8 x 8, 128 x 16 x 16, 3 x 32 x 32; from there by 64, 128, 256 channels to 1."""
+    norms = 2 * (512 + 256 + 128)
+    ups = 129 * 512 * 16 + (512 * 16 + 1) * 256 + (256 * 16 + 1) * 128 + (128 * 16 + 1) * 3
+    assert models.count_parameters(DcganGenerator()) == norms + ups
+    downs = (3 * 16 + 1) * 64 + (64 * 16 + 1) * 128 + (128 * 16 + 1) * 256 + 256 * 16 + 1
+    assert models.count_parameters(DcganCritic()) == downs
+
+
+def test_the_signal_of_a_fresh_dcgan_neither_dies_nor_explodes():
+    torch.manual_seed(0)
+    values = DcganCritic(32)(torch.randn(256, 3, 32, 32))
+    # Of one critic the deviation over images is about 1 at any width; ten times more or less would be another start.
+    assert 0.1 < values.std().item() < 10
+    assert 0.1 < DcganGenerator(16)(torch.randn(64, 128)).std().item() < 0.9
+
+
+@pytest.mark.parametrize(("network", "norms"), [("resnet", 7), ("dcgan", 3)])
+def test_there_is_no_batchnorm_and_no_norm_at_all_in_the_critic(network, norms):
+    generator, critic = make_generator(network, 8, 5), make_critic(network, 8)
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in generator.modules())
-    assert sum(isinstance(m, models.LayerNorm) for m in generator.modules()) == 7
+    assert sum(isinstance(m, models.LayerNorm) for m in generator.modules()) == norms
     assert not any(
         isinstance(m, (models.LayerNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)) for m in critic.modules()
     )
 
 
-def test_no_image_depends_on_the_others_of_its_batch():
+@pytest.mark.parametrize("network", NETWORKS)
+def test_no_image_depends_on_the_others_of_its_batch(network):
     torch.manual_seed(0)
-    generator, noise = models.Generator(8, latent=5), torch.randn(4, 5)
+    generator, noise = make_generator(network, 8, 5), torch.randn(4, 5)
     torch.testing.assert_close(generator(noise)[1:2], generator(noise[1:2]))
 
 

@@ -1,6 +1,6 @@
 """Figure 1 of the paper for any runs: FID and KID against iterations, time and bytes; where the time went; a table.
 
-    python train/compare.py runs/* --out figure              # figure.png, figure.md, figure.csv
+    python train/compare.py runs/* --out figure              # figure.png, figure_brief.png, figure.md, figure.csv
 
 Reads the runs' files only. Runs that differ in nothing but their seed are one curve: the mean over seeds, and a band
 from the lowest to the highest. Time is that of training, without scores.
@@ -30,7 +30,10 @@ FREE = {"seed", "out", "resume", "config", "device", "wandb", "wandb_mode", "tra
         "checkpoint_every", "sample_every", "log_every", "versions", "images", "threads", "threads_per_rank",
         "preset"}  # fmt: skip
 ORDER = ("none", "fp16", "fixed8", "fixed4", "qgenx")
-COLUMNS = ["label", "seed", "iteration", "seconds", "bytes_sent", "fid", "kid", "kid_error", "samples", "reference"]
+COLUMNS = {
+    "label": str, "seed": int, "iteration": int, "seconds": float, "bytes_sent": int, "bits_per_coordinate": float,
+    "fid": float, "kid": float, "kid_error": float, "samples": int, "reference": int,
+}  # fmt: skip
 
 
 class RunError(ValueError):
@@ -111,15 +114,21 @@ def seconds_to(run: Run, kid: float) -> float:
     return math.nan
 
 
+def goal_of(groups: list[Group]) -> float:
+    """The mean over seeds of float32's last KID; NaN without such runs."""
+    return next((fmean(final(run, "kid") for run in group.runs) for group in groups if group.label == "none"), math.nan)
+
+
 def table(groups: list[Group]) -> str:
-    goal = next((fmean(final(run, "kid") for run in group.runs) for group in groups if group.label == "none"), math.nan)
+    goal = goal_of(groups)
     lines = [
         "| compression | seeds | iterations | FID | KID | MB sent by one rank | bits per coordinate | seconds "
         "| seconds to float32's final KID |",
         "|" + "---|" * 9,
     ]
     for group in groups:
-        last = [run.metrics[-1] for run in group.runs]
+        # Not the last line of all, in whose time the pictures of the end are.
+        last = [(run.scores or run.metrics)[-1] for run in group.runs]
         cells = [
             f"`{group.label}`",
             str(len(group.runs)),
@@ -133,6 +142,25 @@ def table(groups: list[Group]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_notes(groups)])
+
+
+def brief_table(groups: list[Group]) -> str:
+    """Of ``table``, what a first page shows; and how many times sooner float32's last KID is reached."""
+    goal = goal_of(groups)
+    lines = [
+        "| compression | KID | MB sent by one rank | seconds | seconds to float32's final KID |",
+        "|" + "---|" * 5,
+    ]
+    for group in groups:
+        cells = [
+            f"`{group.label}`",
+            spread([final(run, "kid") for run in group.runs], 3),
+            spread([fmean(run.scores[-1]["bytes_sent"] / 1e6 for run in group.runs)], 0),
+            spread([fmean(run.scores[-1]["seconds"] for run in group.runs)], 0),
+            spread([seconds_to(run, goal) for run in group.runs], 0),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _notes(groups: list[Group]) -> list[str]:
@@ -151,11 +179,24 @@ def _notes(groups: list[Group]) -> list[str]:
 def write_csv(groups: list[Group], path: Path) -> None:
     """A line for each score."""
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer = csv.DictWriter(file, list(COLUMNS), extrasaction="ignore")
         writer.writeheader()
         for group in groups:
             for run in group.runs:
                 writer.writerows({"label": group.label, "seed": run.config["seed"], **row} for row in run.scores)
+
+
+def read_csv(path: Path) -> list[Group]:
+    """The groups of a file that ``write_csv`` wrote, as far as tables need them."""
+    found: dict[str, dict[int, list[dict]]] = {}
+    with open(path, newline="") as file:
+        for line in csv.DictReader(file):
+            row = {name: kind(line[name]) for name, kind in COLUMNS.items()}
+            found.setdefault(row["label"], {}).setdefault(row["seed"], []).append(row)
+    return [
+        Group(label, [Run({"seed": seed}, scores[-1:], scores) for seed, scores in seeds.items()])
+        for label, seeds in found.items()
+    ]
 
 
 # ---- the figure --------------------------------------------------------------------------------------------------
@@ -179,6 +220,25 @@ def draw(groups: list[Group], path: Path) -> None:
     axes[0][0].legend(fontsize=8)
     _bars(axes[0][3], groups)
     _sent(axes[1][3], groups)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_brief(groups: list[Group], path: Path) -> None:
+    """KID against bytes and against time: the picture for a first page."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for place, axis in zip(axes, ("bytes_sent", "seconds"), strict=True):
+        label, unit = AXES[axis]
+        _curves(place, groups, "kid", axis, unit)
+        place.set(xlabel=label, xscale="log")
+        place.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("KID (lower is better)")
+    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -227,13 +287,14 @@ def _sent(axes, groups: list[Group]) -> None:
 
 
 def compare(folders: list[Path], out: Path) -> str:
-    """Writes OUT.png, OUT.md and OUT.csv; returns the table."""
+    """Writes OUT.png, OUT_brief.png, OUT.md and OUT.csv; returns the table."""
     groups = grouped([read_run(folder) for folder in folders])
     out.parent.mkdir(parents=True, exist_ok=True)
     text = table(groups)
     out.with_suffix(".md").write_text(text + "\n")
     write_csv(groups, out.with_suffix(".csv"))
     draw(groups, out.with_suffix(".png"))
+    draw_brief(groups, out.with_name(f"{out.name}_brief.png"))
     return text
 
 

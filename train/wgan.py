@@ -39,7 +39,8 @@ from data import SourceError, announce, load_images, minibatches
 from evaluation import Evaluation, fetch_weights_everywhere
 from job import Stop, TrainingError, check_replicas, random_stream, run
 from methods import BETA2, Move, make_method
-from models import Critic, Generator, count_parameters, critic_loss, generator_loss
+from models import count_parameters, critic_loss, generator_loss
+from networks import OLDEST, make_critic, make_generator
 from pictures import save_curves, save_grid, save_time
 from record import METRICS, Record, check_wandb, claim
 from settings import CHANGEABLE, compression, parse_flags
@@ -54,7 +55,10 @@ class Training:
 
     def __init__(self, flags: Namespace, images: np.ndarray):
         torch.manual_seed(flags.seed)  # for the weights alone; whatever other ranks draw, rank 0's are broadcast
-        networks = {"generator": Generator(flags.width, flags.latent), "critic": Critic(flags.width)}
+        networks = {
+            "generator": make_generator(flags.network, flags.width, flags.latent),
+            "critic": make_critic(flags.network, flags.width),
+        }
         self.flags, self.images = flags, images
         self.game = hvd_qgenx.Game(networks).to(flags.device)
         self.generator, self.critic = self.game.values()
@@ -345,7 +349,7 @@ def take_up(flags: Namespace) -> tuple[Namespace, dict]:
 
 def merged(flags: Namespace, saved: dict) -> Namespace:
     """Raises TrainingError, naming the first flag that is given and is not what the run began with."""
-    result = vars(flags).copy()
+    result, saved = vars(flags).copy(), {"network": OLDEST, **saved}
     for name in set(result) & set(saved) - {"given", "config", "resume", "out"}:
         before = compression(saved[name]) if name == "compression" else saved[name]
         if name in flags.given and name not in CHANGEABLE and result[name] != before:
