@@ -37,7 +37,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "experiment.csv"
 #: Of the size "small": meant for six runs in an hour on 2 cores. These networks are cheap to compute for what there is
 #: to send: a gradient in float32 is 2.7 MB.
 SMALL = {
-    "network": "dcgan",
+    "model": "dcgan",
     "iterations": "1200",
     "minutes": "600",
     "width": "24",

@@ -1,6 +1,8 @@
 """train/settings.py: presets, files and flags, and what a wrong one is told."""
 
 import importlib
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,3 +93,17 @@ def test_a_wrong_compression_says_what_is_wrong(capsys, text, message):
 )
 def test_flags_that_contradict_are_refused(capsys, flags, message):
     assert message in refused(capsys, *flags)
+
+
+def test_horovodrun_takes_no_flag_of_the_trainer_for_several_of_its_own():
+    """Its parser looks at all words, also behind the command, and ends where one abbreviates two of its options."""
+    launch = pytest.importorskip("horovod.runner.launch")
+    helped = subprocess.run(
+        [sys.executable, "-c", f"from {launch.__name__} import parse_args; parse_args()", "--help"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    theirs = set(re.findall(r"--[a-z][a-z-]*", helped))
+    ours = {word for action in settings.parser_of("")._actions for word in action.option_strings if word.startswith("--")}
+    assert "--network-interface" in theirs and "--model" in ours
+    ambiguous = {word for word in ours - theirs if sum(other.startswith(word) for other in theirs) > 1}
+    assert not ambiguous

@@ -30,6 +30,6 @@ def open_run(folder: Path, file: Path | None = None, device: str = "cpu") -> Run
     content, warnings = (checkpoint.load(file), []) if file else checkpoint.load_last(folder)
     for warning in warnings:
         print(f"Warning: {warning} The one before it is used.", file=sys.stderr)
-    generator = make_generator(config.get("network", OLDEST), config["width"], config["latent"]).to(device).eval()
+    generator = make_generator(config.get("model", OLDEST), config["width"], config["latent"]).to(device).eval()
     generator.load_state_dict(content["average"])
     return Run(folder, config, content["iteration"], generator.requires_grad_(False))

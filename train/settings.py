@@ -162,7 +162,7 @@ def parser_of(usage: str) -> argparse.ArgumentParser:
     add("--config", type=Path, metavar="FILE", help="TOML file of flags by name, as lr_critic = 1e-3")
     add("--iterations", type=whole(1), help="of two exchanges each under extra-gradient")
     add("--minutes", type=positive, help="training ends at the first logged iteration after so long (paper: never)")
-    add("--network", choices=NETWORKS, default="resnet", help="the kind of both networks (resnet)")
+    add("--model", choices=NETWORKS, default="resnet", help="the kind of both networks (resnet)")
     add("--width", type=whole(1, 4096), help="channels of both networks; of dcgan, those of its narrowest layers")
     add("--latent", type=whole(1, 2**16), help="size of the generator's noise vector")
     add("--batch", type=whole(1, 2**20), help="images per gradient of all ranks together")

@@ -56,8 +56,8 @@ class Training:
     def __init__(self, flags: Namespace, images: np.ndarray):
         torch.manual_seed(flags.seed)  # for the weights alone; whatever other ranks draw, rank 0's are broadcast
         networks = {
-            "generator": make_generator(flags.network, flags.width, flags.latent),
-            "critic": make_critic(flags.network, flags.width),
+            "generator": make_generator(flags.model, flags.width, flags.latent),
+            "critic": make_critic(flags.model, flags.width),
         }
         self.flags, self.images = flags, images
         self.game = hvd_qgenx.Game(networks).to(flags.device)
@@ -349,7 +349,7 @@ def take_up(flags: Namespace) -> tuple[Namespace, dict]:
 
 def merged(flags: Namespace, saved: dict) -> Namespace:
     """Raises TrainingError, naming the first flag that is given and is not what the run began with."""
-    result, saved = vars(flags).copy(), {"network": OLDEST, **saved}
+    result, saved = vars(flags).copy(), {"model": OLDEST, **saved}
     for name in set(result) & set(saved) - {"given", "config", "resume", "out"}:
         before = compression(saved[name]) if name == "compression" else saved[name]
         if name in flags.given and name not in CHANGEABLE and result[name] != before:
