@@ -103,7 +103,9 @@ def test_horovodrun_takes_no_flag_of_the_trainer_for_several_of_its_own():
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     theirs = set(re.findall(r"--[a-z][a-z-]*", helped))
-    ours = {word for action in settings.parser_of("")._actions for word in action.option_strings if word.startswith("--")}
+    ours = {
+        word for action in settings.parser_of("")._actions for word in action.option_strings if word.startswith("--")
+    }
     assert "--network-interface" in theirs and "--model" in ours
     ambiguous = {word for word in ours - theirs if sum(other.startswith(word) for other in theirs) > 1}
     assert not ambiguous
