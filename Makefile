@@ -33,8 +33,10 @@ train: setup
 experiment: setup
 	$(RUN) python benchmarks/experiment.py $(if $(PRESET),--size $(PRESET)) $(if $(HOSTS),--hosts $(HOSTS)) $(ARGS)
 
+# Tests of one process share the cores; those of several need all of them. 5 is "no tests of this kind".
 test: setup
-	$(PYTEST) $(TESTS) $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile -m "not parallel" $(TESTS) $(ARGS) || [ $$? = 5 ]
+	$(PYTEST) -m parallel $(TESTS) $(ARGS) || [ $$? = 5 ]
 
 quick: setup
 	$(PYTEST) -m "not parallel and not slow" $(TESTS) $(ARGS)

@@ -49,7 +49,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_with_mean_and_spread(t
     text = compare.compare(folders, tmp_path / "figure")
     none, qgenx = (line.split(" | ") for line in text.splitlines()[2:4])
     assert none[:2] == ["| `none`", "2"] and none[4] == "0.2500 (0.2000 to 0.3000)"
-    # qgenx passes 0.25, float32's mean, at 5/6 of the way from 0.5 to 0.2: after 4 + 5/6 of 4 seconds.
+    # qgenx passes 0.26, float32's mean and its error, at 4/5 of the way from 0.5 to 0.2: after 4 + 4/5 of 4 seconds.
     assert qgenx[:2] == ["| `qgenx`", "1"] and qgenx[-1] == "7 |"
     assert "FID and KID of 9 samples against 8 training images." in text
     assert (tmp_path / "figure.md").read_text() == text + "\n"

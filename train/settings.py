@@ -26,17 +26,17 @@ from networks import NETWORKS
 import hvd_qgenx
 
 PRESETS = {
-    # Small enough for a laptop: colours and rough shapes instead of noise. Picked by eye from four short runs, of which
-    # docs/experiment.md tells; benchmarks/quick_search.py is to choose.
+    # Small enough for a laptop: colours and rough shapes instead of noise. benchmarks/quick_search.py looks around it.
     "quick": {
-        "iterations": 1500,
+        "model": "dcgan",
+        "iterations": 3000,
         "minutes": 3.5,
-        "width": 16,
+        "width": 24,
         "latent": 64,
-        "batch": 24,
+        "batch": 48,
         "lr_generator": 2e-4,
-        "lr_critic": 1e-3,
-        "beta1": 0.0,
+        "lr_critic": 2e-3,
+        "beta1": 0.5,
         "drift": 1e-3,
         "average": 0.97,
         "log_every": 5,
@@ -48,6 +48,7 @@ PRESETS = {
     },
     # For one GPU, or a night.
     "small": {
+        "model": "resnet",
         "iterations": 50_000,
         "minutes": None,
         "width": 64,
@@ -67,6 +68,7 @@ PRESETS = {
     },
     # The settings of the Q-GenX experiment: with three ranks, 341 images on each.
     "paper": {
+        "model": "resnet",
         "iterations": 500_000,
         "minutes": None,
         "width": 128,
@@ -162,7 +164,7 @@ def parser_of(usage: str) -> argparse.ArgumentParser:
     add("--config", type=Path, metavar="FILE", help="TOML file of flags by name, as lr_critic = 1e-3")
     add("--iterations", type=whole(1), help="of two exchanges each under extra-gradient")
     add("--minutes", type=positive, help="training ends at the first logged iteration after so long (paper: never)")
-    add("--model", choices=NETWORKS, default="resnet", help="the kind of both networks (resnet)")
+    add("--model", choices=NETWORKS, help="the kind of both networks")
     add("--width", type=whole(1, 4096), help="channels of both networks; of dcgan, those of its narrowest layers")
     add("--latent", type=whole(1, 2**16), help="size of the generator's noise vector")
     add("--batch", type=whole(1, 2**20), help="images per gradient of all ranks together")
