@@ -134,6 +134,7 @@ def experiment(flags: argparse.Namespace) -> int:
         for seed, compression in plan:
             folder = run_folder(base, compression, seed)
             if state(out / folder.name) == "finished":
+                print(f"{out / folder.name}: is there", flush=True)
                 continue
             words = [*settings(flags.size), "--seed", str(seed), "--compression", compression]
             # The laboratory's hosts share this machine's cores, and each believes that they are its own.
@@ -180,7 +181,8 @@ def sign(path: Path, folders: list[Path]) -> None:
         config = json.loads((folder / "config.json").read_text())
         made[config["compression"], str(config["seed"])] = json.loads((folder / MADE).read_text())
     with open(path, newline="") as file:
-        rows = [{**row, **made[row["label"], row["seed"]]} for row in csv.DictReader(file)]
+        # A label tells other differences after the compression.
+        rows = [{**row, **made[row["label"].split(", ")[0], row["seed"]]} for row in csv.DictReader(file)]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -1,4 +1,4 @@
-"""The search that chose the settings of train/wgan.py's quick preset.
+"""A search around the settings of train/wgan.py's quick preset.
 
     python benchmarks/quick_search.py            # 12 runs of 3.5 minutes and a score each: about an hour
     python benchmarks/quick_search.py --table    # prints what benchmarks/results/quick_search.csv says
@@ -26,7 +26,7 @@ from laboratory import horovodrun
 from records import ROOT, append, provenance
 
 RESULTS = ROOT / "benchmarks" / "results" / "quick_search.csv"
-#: One setting after the other is moved away from the first point; then those that helped, together.
+#: One setting after the other is moved away from the first point.
 FIRST = {
     "model": "dcgan",
     "optimizer": "extra_adam",

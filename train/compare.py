@@ -159,8 +159,8 @@ def brief_table(groups: list[Group]) -> str:
         cells = [
             f"`{group.label}`",
             spread([final(run, "kid") for run in group.runs], 3),
-            spread([fmean(run.scores[-1]["bytes_sent"] / 1e6 for run in group.runs)], 0),
-            spread([fmean(run.scores[-1]["seconds"] for run in group.runs)], 0),
+            f"{fmean(run.scores[-1]['bytes_sent'] for run in group.runs) / 1e6:.0f}",
+            f"{fmean(run.scores[-1]['seconds'] for run in group.runs):.0f}",
             spread([seconds_to(run, goal) for run in group.runs], 0),
         ]
         lines.append(f"| {' | '.join(cells)} |")
