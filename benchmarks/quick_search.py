@@ -36,6 +36,7 @@ FIRST = {
     "batch": "48",
     "average": "0.97",
     "beta1": "0.5",
+    "lookahead": "0",
 }
 MOVES = [
     {},
@@ -44,7 +45,7 @@ MOVES = [
     {"lr_generator": "1e-3", "lr_critic": "1e-3"},
     {"beta1": "0"},
     {"batch": "24"},
-    {"width": "16"},
+    {"lookahead": "5"},
     {"optimizer": "past_extra_adam"},
 ]
 GRID = [{**FIRST, **move} for move in MOVES]

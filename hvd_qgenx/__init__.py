@@ -12,7 +12,6 @@ from hvd_qgenx import backends
 from hvd_qgenx.backends import gpu_backend
 from hvd_qgenx.codec import Codec
 from hvd_qgenx.compression import Compression
-from hvd_qgenx.compressor import check_horovod
 from hvd_qgenx.dual import QGenX
 from hvd_qgenx.extragradient import ExtraAdam, ExtraGradient, ExtraSGD
 from hvd_qgenx.games import Game
@@ -22,6 +21,7 @@ from hvd_qgenx.payload import PayloadError
 
 # The function takes the place of the room of its name: an import of the room, later, leaves it there.
 from hvd_qgenx.probe import probe
+from hvd_qgenx.stock import check_horovod
 
 __version__ = "0.1.0"
 __all__ = [

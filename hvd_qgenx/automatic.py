@@ -12,18 +12,13 @@ from torch import Tensor
 from hvd_qgenx.adaptation import Settings
 from hvd_qgenx.checks import check_integers, check_named_parameters, check_process_set
 from hvd_qgenx.communication import Communication
-from hvd_qgenx.compressor import (
-    FP16Compressor,
-    NoneCompressor,
-    QGenXCompressor,
-    caller,
-    check_horovod,
-)
+from hvd_qgenx.compressor import QGenXCompressor
 from hvd_qgenx.exchange.automatic import AutomaticExchange
 from hvd_qgenx.exchange.coded import CodedExchange
 from hvd_qgenx.identity import identify
 from hvd_qgenx.levels import num_positive
-from hvd_qgenx.stock import is_optimizer
+from hvd_qgenx.stock import caller, check_horovod, is_optimizer
+from hvd_qgenx.uncoded import FP16Compressor, NoneCompressor
 
 DENSE = {"none": NoneCompressor, "fp16": FP16Compressor}
 

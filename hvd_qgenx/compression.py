@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hvd_qgenx.automatic import AutoCompressor
-from hvd_qgenx.compressor import FP16Compressor, NoneCompressor, QGenXCompressor
+from hvd_qgenx.compressor import QGenXCompressor
+from hvd_qgenx.uncoded import FP16Compressor, NoneCompressor
 
 
 class Compression:

@@ -12,139 +12,26 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable
-from types import CodeType, FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvd_qgenx.adaptation import Settings
-from hvd_qgenx.backends import home, take_gpu
+from hvd_qgenx.backends import take_gpu
+from hvd_qgenx.calls import Batch, Call
 from hvd_qgenx.checks import check_choice, check_name, check_named_parameters, check_process_set
-from hvd_qgenx.codec import can_be_coded, check_gradient
+from hvd_qgenx.codec import check_gradient
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.exchange.allgather import Arrived
 from hvd_qgenx.exchange.coded import CodedExchange
-from hvd_qgenx.gradients import as_real, is_expanded
+from hvd_qgenx.gradients import as_real
 from hvd_qgenx.identity import identify
 from hvd_qgenx.levels import Levels
-from hvd_qgenx.stock import describe, is_optimizer, optimizer_of, postpone
+from hvd_qgenx.stock import caller, check_call, check_horovod, describe, is_optimizer, optimizer_of, postpone
 from hvd_qgenx.token import CALLS, Tokens, joined_of, numbers_of
 from hvd_qgenx.transports import LostError
 
-
-class NoneCompressor:
-    """Sends tensors as they are."""
-
-    @staticmethod
-    def compress(tensor: Tensor):
-        return tensor, None
-
-    @staticmethod
-    def decompress(tensor: Tensor, ctx):
-        return tensor
-
-
-class FP16Compressor:
-    """Sends floating-point tensors as float16."""
-
-    @staticmethod
-    def compress(tensor: Tensor):
-        return (tensor.half(), tensor.dtype) if tensor.is_floating_point() else (tensor, None)
-
-    @staticmethod
-    def decompress(tensor: Tensor, ctx):
-        return tensor if ctx is None else tensor.to(ctx)
-
-
 _AGREEMENT_SECONDS = 5.0
-_NOTHING = torch.zeros(0, dtype=torch.float32, device="cpu")
-
-
-class _Batch:
-    """The calls since the last exchange, and what came of them; ``first`` is the number of the first one.
-
-    It holds contexts weakly: Horovod keeps those of a step until it asks for their means, so that a context that is
-    gone belongs to a step that was given up, and its tensor is not sent.
-    """
-
-    def __init__(self, first: int):
-        self.first = first
-        #: How many ranks there are, and which this is; asked for once a step, since Horovod takes 10 us to answer.
-        self.ranks: tuple[int, int] | None = None
-        self.calls: list[weakref.ref[_Call]] = []
-        self.arrived: Arrived | None = None
-        #: Where each rank's calls begin, and whether they all begin with the same number.
-        self.firsts: list[int] = []
-        self.aligned = False
-        #: The code that called ``compress`` last, and on whose behalf; what that may do holds for a whole step.
-        self.caller: CodeType | None = None
-        self.origin: CodeType | None = None
-        self.is_gradient = False
-        #: Why nothing came of them.
-        self.failure: Exception | None = None
-
-    def add(self, tensor: Tensor, real: Tensor) -> _Call:
-        call = _Call(self, len(self.calls), tensor, real)
-        self.calls.append(weakref.ref(call))
-        return call
-
-    def tensors(self) -> list[Tensor | None]:
-        """Of all calls, in their order, real numbers; None for one that was given up."""
-        return [None if (call := kept()) is None else call.real for kept in self.calls]
-
-    def refusal(self) -> ValueError | None:
-        """Why this rank cannot send what was kept."""
-        return next((call.refusal for kept in self.calls if (call := kept()) is not None and call.refusal), None)
-
-    def targets(self) -> list[Tensor]:
-        """Where the mean of each call's tensor goes, contiguous float32."""
-        return [_NOTHING if (call := kept()) is None else call.target for kept in self.calls]
-
-    def take(self, arrived: Arrived) -> None:
-        """From here on, means are those of these payloads."""
-        self.arrived = arrived
-        self.firsts = [envelope.first for envelope in arrived.envelopes]
-        self.aligned = all(first == self.first for first in self.firsts)
-
-
-class _Call:
-    """What ``compress`` gives Horovod to hand to ``decompress``: a tensor, and its place among those of its step."""
-
-    __slots__ = (
-        "__weakref__", "_target", "batch", "broken", "index", "is_gradient", "number", "real", "refusal", "tensor",
-    )  # fmt: skip
-
-    def __init__(self, batch: _Batch, index: int, tensor: Tensor, real: Tensor):
-        self.batch, self.index, self.tensor, self.is_gradient = batch, index, tensor, batch.is_gradient
-        #: 1 to ``CALLS``, counted through the life of the compressor.
-        self.number = (batch.first + index) % CALLS + 1
-        #: The same memory as numbers that can be coded: of a complex one, real and imaginary part.
-        self.real = real
-        self.broken = False
-        #: Why this tensor cannot be sent.
-        self.refusal: ValueError | None = None
-        is_own = self.is_gradient and real.dtype is torch.float32 and can_be_coded(real)
-        self._target = real if is_own else None
-
-    @property
-    def target(self) -> Tensor:
-        """The gradient itself if it can take the mean as it comes; else a new vector."""
-        if self._target is None:
-            self._target = torch.empty(self.real.numel(), dtype=torch.float32, device=home(self.real.device))
-        return self._target
-
-    def result(self) -> Tensor:
-        """The tensor with the mean in it: a gradient itself, overwritten where it lies, so that views of it see it."""
-        if self.target is self.real:
-            return self.tensor
-        mean = self.target.view(self.real.shape)
-        # What is expanded has one number for several coordinates.
-        if self.is_gradient and not is_expanded(self.real) and not self.tensor.is_conj():
-            self.real.copy_(mean)
-            return self.tensor
-        mean = mean.to(device=self.real.device, dtype=self.real.dtype)
-        return torch.view_as_complex(mean) if self.tensor.is_complex() else mean
 
 
 class QGenXCompressor:
@@ -171,7 +58,7 @@ class QGenXCompressor:
         self._start_over()
 
     def _start_over(self) -> None:
-        self._open = _Batch(0)
+        self._open = Batch(0)
         self._tokens: Tokens | None = None
         self._epoch: object = None
         self._described: weakref.ref | None = None
@@ -293,7 +180,7 @@ class QGenXCompressor:
             token = self._tokens.take(call.number)
         return self._communication.count(token), call
 
-    def decompress(self, token: Tensor, ctx: _Call | None):
+    def decompress(self, token: Tensor, ctx: Call | None):
         """The mean over ranks of the tensor that ``ctx`` stands for, times the factor that Horovod applied.
 
         Raises:
@@ -315,7 +202,7 @@ class QGenXCompressor:
                 postpone(error, optimizer)
             return torch.full_like(ctx.tensor, torch.nan) if ctx.refusal is None else ctx.tensor
 
-    def _decompress(self, token: Tensor, ctx: _Call) -> Tensor:
+    def _decompress(self, token: Tensor, ctx: Call) -> Tensor:
         batch, entries = ctx.batch, token.tolist()
         if batch.failure:
             raise batch.failure
@@ -333,7 +220,7 @@ class QGenXCompressor:
         return ctx.result()
 
     @staticmethod
-    def _sections(batch: _Batch, numbers: list[int]) -> list[int]:
+    def _sections(batch: Batch, numbers: list[int]) -> list[int]:
         """Where each rank put a tensor."""
         return [(number - 1 - first) % CALLS for number, first in zip(numbers, batch.firsts, strict=True)]
 
@@ -341,7 +228,7 @@ class QGenXCompressor:
         """Looks once a step at who calls, and among how many ranks; ranks that have not yet, agree."""
         frame, direct = caller(), sys._getframe(2)
         if self._epoch is not (epoch := self._exchange.transport.epoch):
-            self._epoch, self._open, self._described = epoch, _Batch(self._open.first), None
+            self._epoch, self._open, self._described = epoch, Batch(self._open.first), None
             self._introduce(self._exchange)  # among other ranks it has another number
         batch = self._open
         # Who calls through another of our compressors may be somebody else the next time.
@@ -372,7 +259,7 @@ class QGenXCompressor:
             # A rank without this compression never comes: Horovod then finds its gradients unlike the others' tokens.
             self._exchange.settle_within(_AGREEMENT_SECONDS)
 
-    def _numbers(self, entries: list[float], call: _Call) -> list[int]:
+    def _numbers(self, entries: list[float], call: Call) -> list[int]:
         """For every rank, the number under which it kept the tensor that this token belongs to."""
         assert call.batch.ranks is not None
         size, rank = call.batch.ranks
@@ -385,7 +272,7 @@ class QGenXCompressor:
             )
         return numbers
 
-    def _check_joined(self, entries: list[float], call: _Call) -> None:
+    def _check_joined(self, entries: list[float], call: Call) -> None:
         """Raises ValueError if ranks have called ``hvd.join()``."""
         assert call.batch.ranks is not None
         size, rank = call.batch.ranks
@@ -397,21 +284,21 @@ class QGenXCompressor:
                 "exchanges of the others"
             )
 
-    def _send(self, batch: _Batch, factor: float) -> Arrived:
+    def _send(self, batch: Batch, factor: float) -> Arrived:
         """Exchanges all tensors of a step, and decodes them as if all ranks had called in the same order."""
         with self._lock:
-            self._open = _Batch((batch.first + len(batch.calls)) % CALLS)
+            self._open = Batch((batch.first + len(batch.calls)) % CALLS)
         with self._exchange.unbroken():
             return self._send_whole(batch, factor)
 
-    def _send_whole(self, batch: _Batch, factor: float) -> Arrived:
+    def _send_whole(self, batch: Batch, factor: float) -> Arrived:
         exchange = self._exchange
         exchange.settle()
-        if refusal := batch.refusal():
-            exchange.refuse()
-            raise refusal
-        fused = exchange.fuse(batch.tensors())
-        exchange.adapt_or_withdraw(fused)
+        with exchange.refusing():
+            if refusal := batch.refusal():
+                raise refusal
+            fused = exchange.fuse(batch.tensors())
+        exchange.adapt_if_due(fused)
         flight = exchange.start_allgather(fused, "step", first=batch.first)
         arrived = flight.arrived
         exchange.watch([flight], "step")
@@ -422,7 +309,7 @@ class QGenXCompressor:
                 call.broken = is_broken
         return arrived
 
-    def _name(self, call: _Call) -> str:
+    def _name(self, call: Call) -> str:
         for name, parameter in self._named:
             if parameter.grad is call.tensor:
                 return name
@@ -435,18 +322,7 @@ class QGenXCompressor:
     def load_state_dict(self, state: dict) -> None:
         """Continues exactly from a ``state_dict``; ranks that load none take over the state of those that do."""
         self._exchange.load_state_dict(state)
-        self._open = _Batch(self._open.first)  # a step that was under way belongs to the state before
-
-
-def check_horovod() -> None:
-    """Raises ImportError, saying how to get Horovod, if it is not there."""
-    try:
-        import horovod.torch  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "exchanging gradients needs Horovod with PyTorch: pip install --no-build-isolation horovod "
-            "(see hvd_qgenx's README for a build that works with today's torch)"
-        ) from error
+        self._open = Batch(self._open.first)  # a step that was under way belongs to the state before
 
 
 def _refusal(tensor: Tensor) -> ValueError | None:
@@ -457,50 +333,3 @@ def _refusal(tensor: Tensor) -> ValueError | None:
     except ValueError as error:
         return error
     return None
-
-
-def caller() -> FrameType:
-    """Who called ``compress``: the innermost frame outside of this package that is no comprehension."""
-    frame = sys._getframe(1)
-    while frame.f_back and (
-        frame.f_globals.get("__name__", "").startswith("hvd_qgenx.") or frame.f_code.co_name.startswith("<")
-    ):
-        frame = frame.f_back
-    return frame
-
-
-def check_call(frame: FrameType, transport: Any) -> None:
-    """Refuses what cannot be right, by the name of what was called, before anything is sent.
-
-    Args:
-        frame: who called ``compress``. One that is not Horovod's own says nothing, and only the token will tell.
-        transport: the ranks that the compressor exchanges with.
-    """
-    module, called = frame.f_globals.get("__name__"), f"hvd.{frame.f_code.co_name}"
-    if module == "horovod.torch.mpi_ops":
-        values = frame.f_locals
-        op, process_set = values.get("op"), values.get("process_set")
-    elif module == "horovod.torch.optimizer":
-        called, optimizer = "hvd.DistributedOptimizer", frame.f_locals["self"]
-        op = getattr(optimizer, "op", "hvd.Adasum")  # whose class has no such attribute
-        process_set = getattr(optimizer, "process_set", None)
-    else:
-        return
-    if called.endswith("reducescatter"):
-        raise ValueError(f"{called} cannot take Compression.qgenx, which returns whole tensors: use hvd.allreduce")
-    _check_operation(called, op)
-    ranks = transport.members if process_set is None else process_set.ranks
-    if list(ranks) != transport.members:
-        raise ValueError(
-            f"{called} was given the process set of ranks {list(ranks)}, and its Compression.qgenx that of ranks "
-            f"{transport.members}: give both the same process_set"
-        )
-
-
-def _check_operation(called: str, op: Any) -> None:
-    import horovod.torch as hvd
-
-    names = {hvd.Min: "hvd.Min", hvd.Max: "hvd.Max", hvd.Product: "hvd.Product", hvd.Adasum: "hvd.Adasum"}
-    if op is not None and op not in (hvd.Average, hvd.Sum):
-        given = names.get(op, op)
-        raise ValueError(f"op must be hvd.Average or hvd.Sum for Compression.qgenx, {called} was given {given}")

@@ -11,7 +11,7 @@ from hvd_qgenx.adaptation import Settings
 from hvd_qgenx.automatic import DENSE, AutoCompressor
 from hvd_qgenx.checks import check_positive, check_process_set
 from hvd_qgenx.communication import Communication
-from hvd_qgenx.compressor import NoneCompressor, QGenXCompressor, check_horovod
+from hvd_qgenx.compressor import QGenXCompressor
 from hvd_qgenx.exchange import (
     PLANS,
     AheadExchange,
@@ -23,7 +23,9 @@ from hvd_qgenx.exchange import (
     HierarchicalExchange,
 )
 from hvd_qgenx.overlap import PART_BYTES
+from hvd_qgenx.stock import check_horovod
 from hvd_qgenx.transports import Transport
+from hvd_qgenx.uncoded import NoneCompressor
 
 if TYPE_CHECKING:
     from hvd_qgenx.transports.horovod import Hosts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
@@ -14,7 +13,6 @@ from hvd_qgenx.checks import (
     check_choice,
     check_integer,
     check_name,
-    check_named_parameters,
     check_process_set,
     check_type,
 )
@@ -22,50 +20,18 @@ from hvd_qgenx.communication import Communication
 from hvd_qgenx.compression import Compression
 from hvd_qgenx.connection import AVERAGE, Connection, check_predivide, unless_all, unless_world
 from hvd_qgenx.exchange import PLANS, Collected, Exchange, HierarchicalExchange, Term, fingerprint
-from hvd_qgenx.extragradient import OptimizerView, check_no_stock
+from hvd_qgenx.extragradient import check_no_stock
 from hvd_qgenx.gradients import as_real, assign, real_type
 from hvd_qgenx.identity import Identity, identify
 from hvd_qgenx.overlap import Overlap
-from hvd_qgenx.rows import announce, exchange_rows
+from hvd_qgenx.rows import Rows
+from hvd_qgenx.wrapped import HOROVODS_MODULE, Materialising, check_optimizer, names_of, wants_sparse
 
 EXCHANGES = ("auto", *PLANS)
-_HOROVODS_MODULE = "horovod.torch.optimizer"
 _MEMORY = "hvd_qgenx"
 
 
-class _Materialising(OptimizerView):
-    """What Horovod's broadcast_optimizer_state may call on a rank whose state is empty.
-
-    It calls ``step()`` there, to create state that it can overwrite; of its own wrapper, which it recognises by
-    ``__module__``, it calls the base class's. This is that base class: it creates the state and moves nothing.
-    """
-
-    def _recall(self) -> None:
-        """Takes up what a checkpoint or a broadcast left in the groups; see ``DistributedOptimizer``."""
-
-    def step(self, closure=None):
-        """Creates the optimizer's state as a placeholder, dropped again unless a broadcast overwrites it."""
-        self._recall()
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        saved = [p.detach().clone() for p in parameters]
-        gradients = [p.grad for p in parameters]
-        options = [dict(group) for group in self.param_groups]
-        if _wants_sparse(self.optimizer):
-            for p in parameters:
-                p.grad = None if p.grad is None else p.grad.to_sparse(1)
-        if hasattr(self.optimizer, "extrapolation"):
-            self.optimizer.extrapolation()
-        self.optimizer.step()
-        with torch.no_grad():
-            for p, value, gradient in zip(parameters, saved, gradients, strict=True):
-                p.copy_(value)
-                p.grad = gradient
-        for group, before in zip(self.param_groups, options, strict=True):
-            group.update(before)
-        self._placeholder = True
-
-
-class DistributedOptimizer(_Materialising):
+class DistributedOptimizer(Materialising):
     """Averages gradients over all ranks before ``optimizer`` uses them.
 
     A plain optimizer has one exchange, in ``step``; one with ``extrapolation`` has one there and one in ``step`` (one
@@ -135,7 +101,7 @@ class DistributedOptimizer(_Materialising):
         process_group=None,
     ):
         check_no_stock(self)
-        _check_optimizer(optimizer)
+        check_optimizer(optimizer)
         super().__init__(optimizer)
         if process_set is not None:
             check_process_set(process_set)
@@ -147,7 +113,7 @@ class DistributedOptimizer(_Materialising):
         check_integer("check_replicas", check_replicas, 0)
         check_predivide(gradient_predivide_factor, op)
         self.sparse_as_dense, self.name, self.check_replicas = sparse_as_dense, check_name(name), check_replicas
-        self._names = _names(self, named_parameters)
+        self._names = names_of(self, named_parameters)
         self._passes = backward_passes_per_step
         if process_group is not None and (overlap or hierarchical is not False or process_set is not None):
             raise ValueError("process_group goes without process_set, overlap and hierarchical, which need Horovod")
@@ -163,7 +129,7 @@ class DistributedOptimizer(_Materialising):
         """What an optimizer has that is new, or a copy."""
         self._made: Exchange | None = None
         self._should_synchronize, self._synchronized, self._placeholder = True, False, False
-        self.__module__ = _HOROVODS_MODULE  # see _Materialising
+        self.__module__ = HOROVODS_MODULE  # see Materialising
 
     def __getstate__(self) -> dict:
         """All that a copy takes along; it connects with other ranks when it first needs them."""
@@ -433,7 +399,7 @@ class DistributedOptimizer(_Materialising):
             before = self._look_ahead(parameters) if ends_difference else []
             term = (lambda received: _squared_distance(before, received)) if ends_difference else None
             collected = self._exchange_gradients(parameters, stage, has_data, term)
-        if _wants_sparse(self.optimizer) and self.sparse_as_dense:
+        if wants_sparse(self.optimizer) and self.sparse_as_dense:
             for p in parameters:
                 p.grad = None if p.grad is None else p.grad.to_sparse(1)
         if ends_difference:
@@ -442,13 +408,10 @@ class DistributedOptimizer(_Materialising):
 
     def _exchange_gradients(self, parameters: list[Tensor], stage: str, has_data: bool, term: Term | None) -> Collected:
         exchange, starts, keeps = self._exchange, self._starts_iteration(stage), self._keeps(stage)
-        try:
+        with exchange.refusing(starts, whole=term is not None or keeps):
             gradients = self._gradients(parameters)
             fused = exchange.fuse(gradients)
-        except ValueError:
-            exchange.refuse(starts, whole=term is not None or keeps)
-            raise
-        exchange.adapt_or_withdraw(fused, starts)
+        exchange.adapt_if_due(fused, starts)
         submitted = exchange.submit(fused, stage if has_data else "joined", term, keeps)
         collected = exchange.collect(submitted, self._ordered_names)
         assign(parameters, gradients, collected.means)
@@ -488,32 +451,15 @@ class DistributedOptimizer(_Materialising):
         sparse = [g is not None and g.is_sparse for g in gradients]
         if self.sparse_as_dense and any(sparse):
             gradients = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
-        elif any(sparse) or self._sparse:
-            gradients = self._exchange_rows(parameters, gradients, sparse)
+        elif any(sparse) or self._rows.known:
+            if any(sparse) and hasattr(self.optimizer, "squared_difference"):
+                name = self._ordered_names[sparse.index(True)]
+                raise ValueError(f"the gradient of {name} is sparse, which is not for QGenX: pass sparse_as_dense=True")
+            starts = self._starts_iteration(self._coming_stage)
+            gradients = self._rows.replace(self._exchange, parameters, gradients, starts)
         if self._has_complex:
             gradients = [None if g is None else as_real(g) for g in gradients]
         return gradients
-
-    def _exchange_rows(
-        self, parameters: list[Tensor], gradients: list[Tensor | None], sparse: list[bool]
-    ) -> list[Tensor | None]:
-        """Replaces sparse gradients by their means; leaves the others, with None for those."""
-        if hasattr(self.optimizer, "squared_difference"):
-            names = [self._ordered_names[i] for i, is_sparse in enumerate(sparse) if is_sparse]
-            raise ValueError(f"the gradient of {names[0]} is sparse, which is not for QGenX: pass sparse_as_dense=True")
-        # Where a gradient was sparse once, a rank without it must still take part.
-        if isinstance(self._exchange, HierarchicalExchange):
-            name = self._ordered_names[sparse.index(True)]
-            raise ValueError(f"the gradient of {name} is sparse: pass sparse_as_dense=True")
-        new = [i for i, is_sparse in enumerate(sparse) if is_sparse and i not in self._sparse]
-        if new and self._exchange.transport.size > 1:
-            starts = self._starts_iteration(self._coming_stage)
-            announce(self._exchange, [self._ordered_names[i] for i in new], starts)
-        self._sparse.update(new)
-        rows = {i: gradients[i] for i in sorted(self._sparse)}
-        for i, mean in exchange_rows(self._exchange, rows, self._ordered_names).items():
-            parameters[i].grad = mean
-        return [None if i in self._sparse else g for i, g in enumerate(gradients)]
 
     def _follow(self) -> list[Tensor]:
         """All parameters; if they are not those of which ranks were told, they will be told of these."""
@@ -532,7 +478,7 @@ class DistributedOptimizer(_Materialising):
         parameters = self._parameters()
         self._known = (list(map(id, parameters)), [p.dtype for p in parameters], [p.shape for p in parameters])
         self._ordered_names = [self._names[p] for p in parameters]
-        self._has_complex, self._sparse = any(p.is_complex() for p in parameters), set[int]()
+        self._has_complex, self._rows = any(p.is_complex() for p in parameters), Rows(self._ordered_names)
         pairs = list(zip(self._ordered_names, parameters, strict=True))
         number, line = self._identity(pairs)
         kind = f"optimizer={type(self.optimizer).__name__}, op={self._made.op}, {self._how}"
@@ -548,39 +494,6 @@ class DistributedOptimizer(_Materialising):
         label = f"the optimizer {self.name!r}" if self.name else f"the optimizer of {names or 'nothing'}"
         members = str(self._exchange.transport.members)
         return identify(self, ["optimizer", members, *([self.name] if self.name else shapes)], label)
-
-
-def _wants_sparse(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the innermost optimizer takes no dense gradient."""
-    while isinstance(optimizer, OptimizerView):
-        optimizer = optimizer.optimizer
-    return isinstance(optimizer, torch.optim.SparseAdam)
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    check_type("optimizer", optimizer, torch.optim.Optimizer)
-    if getattr(optimizer, "__module__", None) == _HOROVODS_MODULE:
-        raise ValueError("optimizer must not be distributed already: its gradients would be averaged twice")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("optimizer must not be LBFGS: each rank's own loss would decide how often it evaluates")
-
-
-def _names(optimizer: torch.optim.Optimizer, named_parameters: Iterable | None) -> dict[Tensor, str]:
-    """The name of each parameter: unique, and none missing."""
-    groups = [group["params"] for group in optimizer.param_groups]
-    if named_parameters is None:
-        return {p: f"parameter.{i}.{j}" for i, group in enumerate(groups) for j, p in enumerate(group)}
-    pairs = check_named_parameters(named_parameters)
-    repeated = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-    if repeated:
-        raise ValueError(f"named_parameters must have unique names, repeated: {', '.join(repeated)}")
-    names = {p: name for name, p in pairs}
-    missing = [
-        f"parameter {j} of group {i}" for i, group in enumerate(groups) for j, p in enumerate(group) if p not in names
-    ]
-    if missing:
-        raise ValueError(f"named_parameters must name every parameter, not named: {', '.join(missing)}")
-    return names
 
 
 def _squared_distance(first: list[Tensor | None], second: list[Tensor | None]) -> float:

@@ -8,7 +8,40 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hvd_qgenx.exchange import DisagreementError, Exchange
+from hvd_qgenx.exchange import DisagreementError, Exchange, HierarchicalExchange
+
+
+class Rows:
+    """The sparse gradients of an optimizer. Arguments: the names of all parameters."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = names
+        #: Numbers of the gradients that were sparse once: a rank without one of them must still take part.
+        self.known: set[int] = set()
+
+    def replace(
+        self,
+        exchange: Exchange,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        starts_iteration: bool,
+    ) -> list[Tensor | None]:
+        """Makes the means of sparse gradients ``grad``; leaves the others, with None for those.
+
+        Raises:
+            ValueError: if the exchange is hierarchical.
+            DisagreementError, ValueError: as ``exchange_rows``.
+        """
+        new = [i for i, g in enumerate(gradients) if g is not None and g.is_sparse and i not in self.known]
+        if new and isinstance(exchange, HierarchicalExchange):
+            raise ValueError(f"the gradient of {self.names[new[0]]} is sparse: pass sparse_as_dense=True")
+        if new and exchange.transport.size > 1:
+            announce(exchange, [self.names[i] for i in new], starts_iteration)
+        self.known.update(new)
+        rows = {i: gradients[i] for i in sorted(self.known)}
+        for i, mean in exchange_rows(exchange, rows, self.names).items():
+            parameters[i].grad = mean
+        return [None if i in self.known else g for i, g in enumerate(gradients)]
 
 
 def exchange_rows(

@@ -7,6 +7,7 @@ it would move parameters, when Horovod is through with the gradients and the ste
 
 from __future__ import annotations
 
+import sys
 from types import FrameType
 from typing import Any
 
@@ -48,3 +49,61 @@ def postpone(error: Exception, optimizer: torch.optim.Optimizer) -> None:
             raise error
 
     hook = optimizer.register_step_pre_hook(raise_it)
+
+
+def caller() -> FrameType:
+    """Who called ``compress``: the innermost frame outside of this package that is no comprehension."""
+    frame = sys._getframe(1)
+    while frame.f_back and (
+        frame.f_globals.get("__name__", "").startswith("hvd_qgenx.") or frame.f_code.co_name.startswith("<")
+    ):
+        frame = frame.f_back
+    return frame
+
+
+def check_call(frame: FrameType, transport: Any) -> None:
+    """Refuses what cannot be right, by the name of what was called, before anything is sent.
+
+    Args:
+        frame: who called ``compress``. One that is not Horovod's own says nothing, and only the token will tell.
+        transport: the ranks that the compressor exchanges with.
+    """
+    module, called = frame.f_globals.get("__name__"), f"hvd.{frame.f_code.co_name}"
+    if module == "horovod.torch.mpi_ops":
+        values = frame.f_locals
+        op, process_set = values.get("op"), values.get("process_set")
+    elif module == "horovod.torch.optimizer":
+        called, optimizer = "hvd.DistributedOptimizer", frame.f_locals["self"]
+        op = getattr(optimizer, "op", "hvd.Adasum")  # whose class has no such attribute
+        process_set = getattr(optimizer, "process_set", None)
+    else:
+        return
+    if called.endswith("reducescatter"):
+        raise ValueError(f"{called} cannot take Compression.qgenx, which returns whole tensors: use hvd.allreduce")
+    _check_operation(called, op)
+    ranks = transport.members if process_set is None else process_set.ranks
+    if list(ranks) != transport.members:
+        raise ValueError(
+            f"{called} was given the process set of ranks {list(ranks)}, and its Compression.qgenx that of ranks "
+            f"{transport.members}: give both the same process_set"
+        )
+
+
+def _check_operation(called: str, op: Any) -> None:
+    import horovod.torch as hvd
+
+    names = {hvd.Min: "hvd.Min", hvd.Max: "hvd.Max", hvd.Product: "hvd.Product", hvd.Adasum: "hvd.Adasum"}
+    if op is not None and op not in (hvd.Average, hvd.Sum):
+        given = names.get(op, op)
+        raise ValueError(f"op must be hvd.Average or hvd.Sum for Compression.qgenx, {called} was given {given}")
+
+
+def check_horovod() -> None:
+    """Raises ImportError, saying how to get Horovod, if it is not there."""
+    try:
+        import horovod.torch  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "exchanging gradients needs Horovod with PyTorch: pip install --no-build-isolation horovod "
+            "(see hvd_qgenx's README for a build that works with today's torch)"
+        ) from error

@@ -33,10 +33,13 @@ ROOMS = [
     "backends.specification.payload",
     "backends.specification",
     "backends.compiled",
+    "backends.failures",
     "backends.cuda.device",
-    "backends.cuda.failures",
     "backends.cuda.host",
     "backends.cuda.jobs",
+    "backends.cuda.resident",
+    "backends.cuda.encoding",
+    "backends.cuda.decoding",
     "backends.cuda.backend",
     "backends.cuda.staging",
     "backends.cuda.nvrtc",
@@ -71,6 +74,8 @@ ROOMS = [
     "rows",
     "extragradient",
     "stock",
+    "uncoded",
+    "calls",
     "compressor",
     "automatic",
     "compression",
@@ -80,14 +85,19 @@ ROOMS = [
     "games",
     "overlap",
     "connection",
+    "wrapped",
     "distributed",
     "elastic",
+    "ddp.backward",
+    "ddp.receiver",
+    "ddp.state",
+    "ddp.hook",
     "ddp",
 ]
 #: The rooms that know Horovod.
-HOROVODS = {"transports.horovod", "compressor", "elastic"}
+HOROVODS = {"transports.horovod", "stock", "elastic"}
 #: The rooms that know torch.distributed.
-TORCHS = {"transports.torch_distributed", "ddp"}
+TORCHS = {"transports.torch_distributed", "ddp.state", "ddp.hook"}
 
 
 def _path(room: str) -> Path:

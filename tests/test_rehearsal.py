@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from hvd_qgenx.adaptation import Settings, Statistics, fit
-from hvd_qgenx.compressor import FP16Compressor, NoneCompressor
 from hvd_qgenx.exchange.coded import CodedExchange, rehearse_coded
 from hvd_qgenx.exchange.dense import rehearse_dense
 from hvd_qgenx.exchange.message import ENVELOPE_BYTES
 from hvd_qgenx.exchange.rehearsal import CODED, Rehearsal, _even
 from hvd_qgenx.payload import CHECKSUM, FIXED
+from hvd_qgenx.uncoded import FP16Compressor, NoneCompressor
 
 SETTINGS = Settings(bits=4)
 

@@ -82,6 +82,7 @@ def test_the_plain_command_on_three_ranks_with_cifar_10_where_it_can_be_had(tmp_
 
 
 LONG = ["--width", "4", "--batch", "6", "--log-every", "1", "--checkpoint-every", "3", "--data", "digits"]
+LONG += ["--lookahead", "2"]
 
 
 def _started(command):
@@ -319,7 +320,16 @@ def _wait_until(condition, seconds=120):
 
 
 WHOLE = ["iterations", "width", "batch", "log-every", "sample-every", "latent", "seed", "check-replicas"]
-WHOLE += ["critic-steps", "score-every", "score-samples", "reference", "checkpoint-every", "threads", "trace"]
+WHOLE += [
+    "critic-steps",
+    "score-every",
+    "score-samples",
+    "reference",
+    "checkpoint-every",
+    "threads",
+    "trace",
+    "lookahead",
+]
 REAL = ["minutes", "lr-generator", "lr-critic", "average", "penalty", "drift", "beta1", "step-scale"]
 
 

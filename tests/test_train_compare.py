@@ -49,7 +49,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_with_mean_and_spread(t
     text = compare.compare(folders, tmp_path / "figure")
     none, qgenx = (line.split(" | ") for line in text.splitlines()[2:4])
     assert none[:2] == ["| `none`", "2"] and none[4] == "0.2500 (0.2000 to 0.3000)"
-    # qgenx passes 0.26, float32's mean and its error, at 4/5 of the way from 0.5 to 0.2: after 4 + 4/5 of 4 seconds.
+    # qgenx passes 0.3, the highest that float32 ends in, at 2/3 of the way from 0.5 to 0.2: after 4 + 2/3 of 4 seconds.
     assert qgenx[:2] == ["| `qgenx`", "1"] and qgenx[-1] == "7 |"
     assert "FID and KID of 9 samples against 8 training images." in text
     assert (tmp_path / "figure.md").read_text() == text + "\n"
@@ -73,8 +73,11 @@ def test_a_folder_without_a_run_is_named(tmp_path, capsys):
 
 
 def test_time_to_a_score_that_is_never_reached_is_not_a_number(tmp_path):
-    run = compare.read_run(made_run(tmp_path / "a", "none", 0, [0.5, 0.4]))
-    assert np.isnan(compare.seconds_to(run, 0.3)) and compare.seconds_to(run, 0.5) == 10.0
+    runs = [compare.read_run(made_run(tmp_path / str(seed), "none", seed, [0.5, 0.4 - seed / 5])) for seed in (0, 1)]
+    (group,) = compare.grouped(runs)
+    assert np.isnan(compare.seconds_to(group, 0.29)) and compare.seconds_to(group, 0.5) == 10.0
+    # Their mean falls from 0.5 to 0.3, and the first of them alone never reaches 0.35.
+    assert compare.seconds_to(group, 0.35) == pytest.approx(17.5)
 
 
 # ---- the experiment

@@ -86,6 +86,7 @@ def test_a_wrong_compression_says_what_is_wrong(capsys, text, message):
     ("flags", "message"),
     [
         (["--critic-steps", "2"], "--critic-steps is for --optimizer adam"),
+        (["--lookahead", "5", "--optimizer", "qgenx"], "--lookahead is not for --optimizer qgenx"),
         (["--resume", "x", "--out", "y"], "--resume goes on in its own folder: leave --out away"),
         (["--score-samples", "2"], "'2' is not a whole number from 3"),
         (["--average", "1"], "'1' is not a number from 0 up to, not including, 1"),

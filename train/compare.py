@@ -17,12 +17,12 @@ from statistics import fmean
 from typing import NamedTuple
 
 from pictures import COLORS
-from record import METRICS, SCORES, rows
+from record import METRICS, SCORES, rows, settings_of
 
 AXES = {
     "iteration": ("iterations", 1.0),
     "seconds": ("seconds of training", 1.0),
-    "bytes_sent": ("MB sent by one rank", 1e-6),
+    "bytes_sent": ("MB of one rank into collectives", 1e-6),
 }
 SCORE_NAMES = {"fid": "FID", "kid": "KID"}
 #: Settings that do not make another experiment.
@@ -58,7 +58,7 @@ class Group(NamedTuple):
 
 def read_run(folder: Path) -> Run:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = settings_of(folder)
     except (OSError, json.JSONDecodeError) as error:
         raise RunError(f"{folder} holds no run ({error})") from None
     metrics = rows(folder / METRICS)
@@ -89,44 +89,47 @@ def _place(label: str) -> tuple:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """The mean, and the lowest and highest where there are several."""
+    """The mean, and the lowest and highest where there are several that differ."""
     values = [value for value in values if not math.isnan(value)]
     if not values:
         return "-"
-    text = f"{fmean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    mean, lowest, highest = (f"{value:.{digits}f}" for value in (fmean(values), min(values), max(values)))
+    return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
 
 
 def final(run: Run, name: str) -> float:
     return run.scores[-1][name] if run.scores else math.nan
 
 
-def seconds_to(run: Run, kid: float) -> float:
-    """Training seconds until the run's KID is first at most this, on the line between two scores."""
-    before = None
-    for row in run.scores:
-        if row["kid"] <= kid:
+def seconds_to(group: Group, kid: float) -> float:
+    """Training seconds until KID, the mean over seeds, is first at most this, on the line between two scores.
+
+    Both are means over seeds, so that one that never comes so far is not left out.
+    """
+    before: tuple[float, float] | None = None
+    for seconds, mean, *_ in mean_curve(group, "kid", "seconds"):
+        if mean <= kid:
             if before is None:
-                return row["seconds"]
-            part = (before["kid"] - kid) / (before["kid"] - row["kid"])
-            return before["seconds"] + part * (row["seconds"] - before["seconds"])
-        before = row
+                return seconds
+            part = (before[1] - kid) / (before[1] - mean)
+            return before[0] + part * (seconds - before[0])
+        before = seconds, mean
     return math.nan
 
 
 def goal_of(groups: list[Group]) -> float:
-    """The mean over seeds of float32's last KID and its standard error: below that a run cannot be told from it.
+    """The highest of float32's last KIDs: a run that is below has come to where float32's own seeds end.
 
     NaN without such runs.
     """
     dense = next((group.runs for group in groups if group.label == "none"), [])
-    return fmean(final(run, "kid") + final(run, "kid_error") for run in dense) if dense else math.nan
+    return max((final(run, "kid") for run in dense), default=math.nan)
 
 
 def table(groups: list[Group]) -> str:
     goal = goal_of(groups)
     lines = [
-        "| compression | seeds | iterations | FID | KID | MB sent by one rank | bits per coordinate | seconds "
+        "| compression | seeds | iterations | FID | KID | MB into collectives | bits per coordinate | seconds "
         "| seconds to float32's KID |",
         "|" + "---|" * 9,
     ]
@@ -142,7 +145,7 @@ def table(groups: list[Group]) -> str:
             spread([row["bytes_sent"] / 1e6 for row in last], 1),
             spread([row["bits_per_coordinate"] for row in last], 2),
             spread([row["seconds"] for row in last], 0),
-            spread([seconds_to(run, goal) for run in group.runs], 0),
+            spread([seconds_to(group, goal)], 0),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_notes(groups)])
@@ -152,7 +155,7 @@ def brief_table(groups: list[Group]) -> str:
     """Of ``table``, what a first page shows."""
     goal = goal_of(groups)
     lines = [
-        "| compression | KID | MB sent by one rank | seconds | seconds to float32's KID |",
+        "| compression | KID | MB into collectives | seconds | seconds to float32's KID |",
         "|" + "---|" * 5,
     ]
     for group in groups:
@@ -161,7 +164,7 @@ def brief_table(groups: list[Group]) -> str:
             spread([final(run, "kid") for run in group.runs], 3),
             f"{fmean(run.scores[-1]['bytes_sent'] for run in group.runs) / 1e6:.0f}",
             f"{fmean(run.scores[-1]['seconds'] for run in group.runs):.0f}",
-            spread([seconds_to(run, goal) for run in group.runs], 0),
+            spread([seconds_to(group, goal)], 0),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -173,8 +176,12 @@ def _notes(groups: list[Group]) -> list[str]:
         f"FID and KID of {samples} samples against {reference} training images."
         for samples, reference in sorted(counts)
     ]
+    notes.append("MB into collectives: what a rank hands over; an allgather sends it to every other rank.")
     if not math.isnan(goal_of(groups)):
-        notes.append("The last column: until KID is first within a standard error of float32's last one; - is never.")
+        notes.append(
+            "The last column: until KID, the mean over seeds, is first at most the highest that float32 ends in; "
+            "- is never."
+        )
     if len(counts) > 1:
         notes.append("FIDs of different numbers of images must not be compared.")
     if any(len(group.runs) > 1 for group in groups):
@@ -251,7 +258,7 @@ def draw_brief(groups: list[Group], path: Path) -> None:
 
 def _curves(axes, groups: list[Group], score: str, axis: str, unit: float) -> None:
     for number, group in enumerate(groups):
-        points = _mean_curve(group, score, axis)
+        points = mean_curve(group, score, axis)
         if not points:
             continue
         x = [unit * point[0] for point in points]
@@ -260,7 +267,7 @@ def _curves(axes, groups: list[Group], score: str, axis: str, unit: float) -> No
         axes.fill_between(x, [point[2] for point in points], [point[3] for point in points], color=color, alpha=0.15)
 
 
-def _mean_curve(group: Group, score: str, axis: str) -> list[tuple[float, float, float, float]]:
+def mean_curve(group: Group, score: str, axis: str) -> list[tuple[float, float, float, float]]:
     """(mean of the axis, mean, lowest and highest score) at the iterations that all seeds have been scored at."""
     by_iteration = [{row["iteration"]: row for row in run.scores} for run in group.runs]
     shared = sorted(set.intersection(*map(set, by_iteration))) if by_iteration else []

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import checkpoint
-from networks import OLDEST, make_generator
+from networks import make_generator
+from record import settings_of
 from torch import nn
 
 
@@ -24,12 +25,12 @@ def open_run(folder: Path, file: Path | None = None, device: str = "cpu") -> Run
         CheckpointError: with one sentence.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = settings_of(folder)
     except (OSError, json.JSONDecodeError) as error:
         raise checkpoint.CheckpointError(f"{folder} holds no run ({error}).") from None
     content, warnings = (checkpoint.load(file), []) if file else checkpoint.load_last(folder)
     for warning in warnings:
         print(f"Warning: {warning} The one before it is used.", file=sys.stderr)
-    generator = make_generator(config.get("model", OLDEST), config["width"], config["latent"]).to(device).eval()
+    generator = make_generator(config["model"], config["width"], config["latent"]).to(device).eval()
     generator.load_state_dict(content["average"])
     return Run(folder, config, content["iteration"], generator.requires_grad_(False))

@@ -5,7 +5,6 @@ from models import Critic, Generator
 from torch import nn
 
 NETWORKS = {"resnet": (Generator, Critic), "dcgan": (DcganGenerator, DcganCritic)}
-OLDEST = "resnet"  # of runs from before there was a choice
 
 
 def make_generator(network: str, width: int, latent: int) -> nn.Module:

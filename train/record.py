@@ -17,6 +17,13 @@ import world
 from job import TrainingError, progress_bar
 
 METRICS, SCORES = "metrics.jsonl", "scores.jsonl"
+#: Settings of runs that began before there was a choice.
+EARLIER = {"model": "resnet", "lookahead": 0}
+
+
+def settings_of(folder: Path) -> dict:
+    """What a run's config.json says. Raises OSError or json.JSONDecodeError where that cannot be read."""
+    return {**EARLIER, **json.loads((folder / "config.json").read_text())}
 
 
 def claim(folder: Path, config: dict | None) -> object:

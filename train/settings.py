@@ -170,6 +170,8 @@ def parser_of(usage: str) -> argparse.ArgumentParser:
     add("--batch", type=whole(1, 2**20), help="images per gradient of all ranks together")
     add("--optimizer", choices=METHODS, default="extra_adam", help="(extra_adam)")
     add("--critic-steps", type=whole(1), default=1, metavar="N", help="under adam: before each of the generator's (1)")
+    add("--lookahead", type=whole(0), default=0, metavar="N",
+        help="every N iterations players go half way back to where they were before them (0: never)")  # fmt: skip
     add("--lr-generator", type=positive, help="learning rate of the generator")
     add("--lr-critic", type=positive, help="learning rate of the critic")
     add("--beta1", type=fraction, help="Adam's memory of gradients")
@@ -236,6 +238,8 @@ def _check(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
         parser.error("--resume goes on in its own folder: leave --out away")
     if flags.critic_steps > 1 and flags.optimizer != "adam":
         parser.error("--critic-steps is for --optimizer adam: the others move both players at once")
+    if flags.lookahead and flags.optimizer == "qgenx":
+        parser.error("--lookahead is not for --optimizer qgenx, whose points are sums of all its gradients")
 
 
 # ---- the file ----------------------------------------------------------------------------------------------------

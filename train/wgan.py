@@ -38,11 +38,12 @@ from clock import Clock, Trace
 from data import SourceError, announce, load_images, minibatches
 from evaluation import Evaluation, fetch_weights_everywhere
 from job import Stop, TrainingError, check_replicas, random_stream, run
+from lookahead import Lookahead
 from methods import BETA2, Move, make_method
 from models import count_parameters, critic_loss, generator_loss
-from networks import OLDEST, make_critic, make_generator
+from networks import make_critic, make_generator
 from pictures import save_curves, save_grid, save_time
-from record import METRICS, Record, check_wandb, claim
+from record import METRICS, Record, check_wandb, claim, settings_of
 from settings import CHANGEABLE, compression, parse_flags
 
 import hvd_qgenx
@@ -64,6 +65,7 @@ class Training:
         self.generator, self.critic = self.game.values()
         self.average = copy.deepcopy(self.generator).requires_grad_(False)
         self.method = make_method(flags, self.game)
+        self.lookahead = Lookahead(self.game.parameters(), flags.lookahead)
         self.moves = 0
         self.losses = torch.zeros(2)
         self.clock = Clock(self.method.seconds, flags.profile and flags.device == "cuda")
@@ -73,6 +75,7 @@ class Training:
         if content is None:
             world.share_start(self.game, list(self.method.optimizers))
             self.average.load_state_dict(self.generator.state_dict())
+            self.lookahead.start()
         else:
             self._restore(content)
         size = self.flags.batch // world.size()
@@ -82,6 +85,7 @@ class Training:
         self.game.load_state_dict(content["game"])
         self.average.load_state_dict(content["average"])
         self.method.load(content["method"], content["counts"])
+        self.lookahead.start(content.get("slow"))  # which older checkpoints lack
         self.moves, self.losses = content["moves"], content["losses"]
 
     def content(self, seconds: float) -> dict:
@@ -90,6 +94,7 @@ class Training:
             "game": self.game.state_dict(),
             "average": self.average.state_dict(),
             "method": self.method.state_dict(),
+            "slow": self.lookahead.slow,
             "counts": self.method.counts(),
             "losses": self.losses,
             "iteration": self.iteration,
@@ -118,6 +123,7 @@ class Training:
             with self.clock("update"):
                 move.act()
             self.moves += 1
+        self.lookahead.after(self.iteration)
         self._follow()
         return True
 
@@ -333,7 +339,7 @@ def take_up(flags: Namespace) -> tuple[Namespace, dict]:
     saved, content, problem = None, None, None
     if world.rank() == 0:
         try:
-            saved = json.loads((flags.resume / "config.json").read_text())
+            saved = settings_of(flags.resume)
             content, warnings = checkpoint.load_last(flags.resume)
             for warning in warnings:
                 print(f"Warning: {warning} The one before it is used.", flush=True)
@@ -349,7 +355,7 @@ def take_up(flags: Namespace) -> tuple[Namespace, dict]:
 
 def merged(flags: Namespace, saved: dict) -> Namespace:
     """Raises TrainingError, naming the first flag that is given and is not what the run began with."""
-    result, saved = vars(flags).copy(), {"model": OLDEST, **saved}
+    result = vars(flags).copy()
     for name in set(result) & set(saved) - {"given", "config", "resume", "out"}:
         before = compression(saved[name]) if name == "compression" else saved[name]
         if name in flags.given and name not in CHANGEABLE and result[name] != before:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hvd_qgenx.backends.backend import Backend, DeviceError, Drawn, device_of
 from hvd_qgenx.backends.compiled import Compiled, best_path
+from hvd_qgenx.backends.failures import failures_of
 from hvd_qgenx.backends.specification import Specification
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "announced",
     "backend_of",
     "device_of",
+    "failures_of",
     "force",
     "gpu_backend",
     "home",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_qgenx.backends import DeviceError
+from hvd_qgenx.backends import DeviceError, failures_of
 from hvd_qgenx.exchange.coded import CodedExchange, Submitted
 from hvd_qgenx.exchange.exchange import Fused, Term
 from hvd_qgenx.exchange.plan import Flight
@@ -38,9 +38,10 @@ class AheadExchange(CodedExchange):
         if not self._can_start(stage, starts_iteration):
             return False
         pieces = zip(tensors, self.parts()[part].slices, strict=True)
-        segments = self.fuse([None if tensor is None else _piece(tensor, where) for tensor, where in pieces]).segments
         try:
-            self._flights[part] = self._send(segments, part, stage)
+            with failures_of("the gradients' device", falls_back=False):
+                fused = self.fuse([None if tensor is None else _piece(tensor, where) for tensor, where in pieces])
+                self._flights[part] = self._send(fused.segments, part, stage)
         except DeviceError:
             return False  # ``submit`` meets it again, where the other ranks can learn of it
         self._stage = stage

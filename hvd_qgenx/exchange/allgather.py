@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -50,8 +51,26 @@ class Allgather(Plan):
         self.messenger.gather(envelope, torch.zeros(0, dtype=torch.uint8, device="cpu"))
 
 
+class PayloadFlight(Flight):
+    """A flight that ends in payloads, the same ones on all ranks."""
+
+    @property
+    @abstractmethod
+    def arrived(self) -> Arrived:
+        """These payloads; waits for them when first asked."""
+
+    def terms(self) -> list[float]:
+        return self.arrived.terms
+
+    def sums(self) -> list[Sums]:
+        return [envelope.sums for envelope in self.arrived.envelopes]
+
+    def coordinates(self) -> int:
+        return sum(map(sum, self.arrived.sizes))
+
+
 @dataclass(frozen=True)
-class AllgatherFlight(Flight):
+class AllgatherFlight(PayloadFlight):
     """Payloads on their way to all ranks."""
 
     codec: Codec
@@ -67,15 +86,6 @@ class AllgatherFlight(Flight):
 
     def sizes(self) -> tuple[int, ...]:
         return self.arrived.common_sizes()
-
-    def terms(self) -> list[float]:
-        return self.arrived.terms
-
-    def sums(self) -> list[Sums]:
-        return [envelope.sums for envelope in self.arrived.envelopes]
-
-    def coordinates(self) -> int:
-        return sum(map(sum, self.arrived.sizes))
 
     def collect(self, targets: Sequence[Tensor], factor: float) -> tuple[bool, ...]:
         arrived = self.arrived

@@ -126,12 +126,11 @@ class CodedExchange(Exchange):
 
     # ---- levels ------------------------------------------------------------------------------------------------------
 
-    def adapt_if_due(self, fused: Fused, starts_iteration: bool = True) -> None:
-        """At the start of an iteration that the schedule names, all ranks fit levels to all ranks' vectors."""
+    def _fit_if_due(self, fused: Fused, starts_iteration: bool) -> None:
+        """At the start of an iteration that the schedule names, to all ranks' vectors."""
         if starts_iteration and self._is_due():
             with self.communication.adaptation():
                 self._adapt(fused)
-        super().adapt_if_due(fused, starts_iteration)
 
     def _is_due(self) -> bool:
         """By the schedule, because gradients drifted, or because a state of other settings was loaded."""

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hvd_qgenx.backends import DeviceError
+from hvd_qgenx.backends import DeviceError, failures_of
 from hvd_qgenx.communication import Communication
 from hvd_qgenx.exchange import agreement
 from hvd_qgenx.exchange.agreement import agree, compare_replicas, leader_of, share_state
@@ -169,8 +169,20 @@ class Exchange(ABC):
         self.messenger.gather(self.envelope("interrupted"), nothing)
 
     def adapt_if_due(self, fused: Fused, starts_iteration: bool = True) -> None:
-        """Counts an iteration that starts here; where levels adapt, all ranks may then fit new ones."""
+        """Counts an iteration that starts here; where levels are due, all ranks fit new ones first.
+
+        Raises:
+            WithdrawnError: if this rank's device failed; no rank waits for it, the others get a refusal.
+        """
+        try:
+            self._fit_if_due(fused, starts_iteration)
+        except DeviceError as error:
+            self.refuse(starts_iteration)
+            raise WithdrawnError(str(error)) from error
         self.iteration += starts_iteration
+
+    def _fit_if_due(self, fused: Fused, starts_iteration: bool) -> None:  # noqa: B027 - not every kind has levels
+        """Fits levels where an iteration starts that they are due in."""
 
     @abstractmethod
     def submit(self, fused: Fused, stage: str, term: Term | None = None, keep: bool = False) -> Any:
@@ -276,17 +288,25 @@ class Exchange(ABC):
         """The exchange's own settings, a line each."""
         return []
 
-    def adapt_or_withdraw(self, fused: Fused, starts_iteration: bool = True) -> None:
-        """As ``adapt_if_due``. A device that fails keeps no rank waiting: the others get a refusal.
+    @contextlib.contextmanager
+    def refusing(self, starts_iteration: bool = True, whole: bool = False) -> Iterator[None]:
+        """In which this rank makes ready what it will send. No rank waits for what cannot be sent: it is refused.
+
+        Args:
+            starts_iteration, whole: as of ``refuse``.
 
         Raises:
             WithdrawnError: if this rank's device failed.
+            ValueError: what the body raised of a tensor.
         """
         try:
-            self.adapt_if_due(fused, starts_iteration)
-        except DeviceError as error:
-            self.refuse(starts_iteration)
-            raise WithdrawnError(str(error)) from error
+            with failures_of("the gradients' device", falls_back=False):
+                yield
+        except (ValueError, DeviceError) as error:
+            self.refuse(starts_iteration, whole)
+            if isinstance(error, DeviceError):
+                raise WithdrawnError(str(error)) from error
+            raise
 
     def refuse(self, starts_iteration: bool = True, whole: bool = False) -> None:
         """Takes the place of an exchange on a rank that cannot make it, so that the others learn it and do not wait.

@@ -79,9 +79,8 @@ class HierarchicalExchange(Exchange):
         super().settle()
         self.within._agreed = self.across._agreed = True
 
-    def adapt_if_due(self, fused: Fused, starts_iteration: bool = True) -> None:
+    def _fit_if_due(self, fused: Fused, starts_iteration: bool) -> None:
         """Leaders fit levels to the vectors that they code, once they have them."""
-        super().adapt_if_due(fused, starts_iteration)
         self._starts_iteration = starts_iteration
 
     def submit(self, fused: Fused, stage: str, term: Term | None = None, keep: bool = False) -> Gathering:

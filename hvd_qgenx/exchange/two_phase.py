@@ -19,9 +19,9 @@ from torch import Tensor
 
 from hvd_qgenx.backends import Drawn
 from hvd_qgenx.drift import Sums
-from hvd_qgenx.exchange.allgather import Arrived
+from hvd_qgenx.exchange.allgather import Arrived, PayloadFlight
 from hvd_qgenx.exchange.message import ENVELOPE_BYTES, Envelope, compare, room_for, seal, size_class, split
-from hvd_qgenx.exchange.plan import Codecs, Flight, Outgoing, Plan
+from hvd_qgenx.exchange.plan import Codecs, Outgoing, Plan
 from hvd_qgenx.layout import Layout, Part
 from hvd_qgenx.payload import bound
 from hvd_qgenx.transports import Pending
@@ -66,7 +66,7 @@ class TwoPhase(Plan):
         return self.messenger.start_alltoall(message.repeat(ranks), [len(message)] * ranks, envelope.part)
 
 
-class TwoPhaseFlight(Flight):
+class TwoPhaseFlight(PayloadFlight):
     """Shards on their way to their owners, then means on their way to all."""
 
     def __init__(self, plan: TwoPhase, codecs: Codecs, outgoing: Outgoing):
@@ -145,15 +145,6 @@ class TwoPhaseFlight(Flight):
             for piece, size in zip(shard.slices, sizes, strict=True):
                 there[piece.segment] = there[piece.segment] or size > 0
         return tuple(size if found else 0 for size, found in zip(self.outgoing.whole.sizes, there, strict=True))
-
-    def terms(self) -> list[float]:
-        return self.arrived.terms
-
-    def sums(self) -> list[Sums]:
-        return [envelope.sums for envelope in self.arrived.envelopes]
-
-    def coordinates(self) -> int:
-        return sum(map(sum, self.arrived.sizes))
 
     def collect(self, targets: Sequence[Tensor], factor: float) -> tuple[bool, ...]:
         arrived = self.arrived

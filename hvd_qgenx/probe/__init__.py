@@ -25,13 +25,13 @@ from hvd_qgenx.adaptation import Settings
 from hvd_qgenx.automatic import DENSE
 from hvd_qgenx.checks import check_integer, check_integers, check_positive
 from hvd_qgenx.communication import Communication
-from hvd_qgenx.compressor import check_horovod
 from hvd_qgenx.exchange import PLANS, CodedExchange, DenseExchange, Exchange
 from hvd_qgenx.exchange.coded import rehearse_coded
 from hvd_qgenx.exchange.cost import TOLERANCE, Network, Way, Work, choose, estimate, link_bytes, part_bytes
 from hvd_qgenx.exchange.dense import rehearse_dense
 from hvd_qgenx.exchange.measurement import Meter
 from hvd_qgenx.exchange.message import Messenger
+from hvd_qgenx.stock import check_horovod
 from hvd_qgenx.transports import Transport
 
 __all__ = ["ProbeResult", "Row", "probe"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hvd_qgenx.compressor import check_horovod
 from hvd_qgenx.probe import NUMEL, probe
+from hvd_qgenx.stock import check_horovod
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,5 +1,6 @@
 """Ranks with and without a GPU: rank 0 codes by the kernels of one, as the CPU runs them, the others by the core."""
 
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -94,6 +95,14 @@ def _fails_at(work, number, error):
     return works_or_raises
 
 
+def _error(action):
+    try:
+        action()
+    except (WithdrawnError, DisagreementError) as error:
+        return str(error)
+    return "no error"
+
+
 LOST = torch.AcceleratorError("CUDA error: device lost\nSearch for the code in the documentation")
 ILLEGAL = RuntimeError("CUDA error: an illegal memory access was encountered")
 COMPILER = backends.DeviceError("the kernels do not compile: error")
@@ -119,17 +128,74 @@ def test_a_device_that_fails_on_one_rank_is_an_error_on_all_and_changes_no_param
             # What fails beside backward is tried again after it.
             failing = _fails_at(getattr(kernels, work), 0 if overlap else number, error)
             patch.setattr(kernels, work, failing)
-            found = ""
-            try:
-                _iterate(model, optimizer)
-            except (WithdrawnError, DisagreementError) as raised:
-                found = str(raised)
+            found = _error(lambda: _iterate(model, optimizer))
         messages = gathered(found)
         assert messages[0] == message, messages
         assert all("rank 0" in text and "(refusal)" in text for text in messages[1:]), messages
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
         for _ in range(2):
             _iterate(model, optimizer)
+    assert same_on_all_ranks(model.parameters())
+
+
+def _stock(model):
+    compression = hvd_qgenx.Compression.qgenx(bits=4, adapt_at=(0, 2), name=str(next(NUMBERS)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return hvd.DistributedOptimizer(optimizer, model.named_parameters(), compression=compression)
+
+
+def _choosing(model):
+    """As if Compression.auto had chosen qgenx."""
+    optimizer = hvd_qgenx.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model.named_parameters(),
+        compression=hvd_qgenx.Compression.auto,
+        name=str(next(NUMBERS)),
+    )
+    exchange = optimizer._exchange
+    exchange.settings = dataclasses.replace(exchange.settings, adapt_at=(0, 2))
+    exchange._use("qgenx", 4, "allgather", 0)
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [_stock, _choosing])
+@pytest.mark.parametrize(("work", "number", "error", "message"), CASES)
+def test_under_other_entrances_too(make, work, number, error, message, kernels, monkeypatch):
+    model = network()
+    optimizer = make(model)
+    with backends.force(kernels if hvd.rank() == 0 else backends.name()):
+        for _ in range(2):
+            _iterate(model, optimizer)
+        before = [p.detach().clone() for p in model.parameters()]
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, work, _fails_at(getattr(kernels, work), 0, error))
+            found = _error(lambda: _iterate(model, optimizer))
+        messages = gathered(found)
+        assert messages[0] == message, messages
+        assert all("rank 0" in text and "(refusal)" in text for text in messages[1:]), messages
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+        for _ in range(2):
+            _iterate(model, optimizer)
+    assert same_on_all_ranks(model.parameters())
+
+
+@pytest.mark.parametrize("choice", ["none", "qgenx"])
+def test_gradients_that_cannot_be_fetched_on_one_rank_are_an_error_on_all(choice, monkeypatch):
+    model = network()
+    options = {"compression": getattr(hvd_qgenx.Compression, choice), "name": str(next(NUMBERS))}
+    optimizer = hvd_qgenx.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), **options
+    )
+    _iterate(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    with monkeypatch.context() as patch:
+        if hvd.rank() == 0:
+            patch.setattr(optimizer._exchange, "fuse", _fails_at(None, 0, LOST))
+        messages = gathered(_error(lambda: _iterate(model, optimizer)))
+    assert messages[0] == "the gradients' device failed: CUDA error: device lost", messages
+    assert all("rank 0" in text and "(refusal)" in text for text in messages[1:]), messages
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    _iterate(model, optimizer)
     assert same_on_all_ranks(model.parameters())
 
 

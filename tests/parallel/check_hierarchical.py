@@ -11,7 +11,7 @@ import torch
 from ranks import gathered, loss, message_on_all_ranks, network, same_on_all_ranks
 
 import hvd_qgenx
-from hvd_qgenx import Compression
+from hvd_qgenx import Compression, backends
 from hvd_qgenx.transports import horovod
 
 RANKS = hvd.size()
@@ -275,6 +275,29 @@ def test_a_sparse_gradient_on_one_rank_is_an_error_on_all(rank, settled, plan):
     errors = gathered(_error(optimizer.step))
     assert "is sparse: pass sparse_as_dense=True" in errors[rank]
     assert all("(refusal)" in error for other, error in enumerate(errors) if other != rank)
+
+
+@several_hosts
+@pytest.mark.parametrize("plan", ["allgather", "two_phase"])
+@pytest.mark.parametrize("work", ["encode", "statistics"])
+def test_a_device_that_fails_on_one_host_is_an_error_on_all_of_them(work, plan, monkeypatch):
+    model = network()
+    optimizer = wrap(model, plan=plan)
+    iterate(model, optimizer, 3)
+    before = copy.deepcopy(model.state_dict())
+
+    def lost(*arguments):
+        raise backends.DeviceError("the device is lost")
+
+    with monkeypatch.context() as patch:
+        if hvd.rank() == 0:
+            patch.setattr(backends.backend_of(torch.device("cpu")), work, lost)
+        errors = gathered(_error(lambda: iterate(model, optimizer, 1)))  # the fourth fits levels
+    assert all("the device is lost" in errors[rank] for rank in HOSTS[0]), errors
+    assert all("(refusal)" in errors[rank] for host in HOSTS[1:] for rank in host), errors
+    assert equal(model.state_dict(), before)
+    iterate(model, optimizer, 2)
+    assert same_on_all_ranks(model.parameters())
 
 
 def _error(action):

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from modules import (
     bits,
     decoded_mean,
     descend,
+    error_of,
     error_on_all_ranks,
+    gathered,
     hooked,
     inputs,
     local_gradients,
@@ -23,6 +26,7 @@ from modules import (
 from torch.nn.parallel import DistributedDataParallel
 
 import hvd_qgenx
+from hvd_qgenx import backends
 from hvd_qgenx.ddp import QGenXState, qgenx_hook
 
 RANK, SIZE = dist.get_rank(), dist.get_world_size()
@@ -263,6 +267,44 @@ def test_a_rank_that_is_elsewhere_is_named():
         state._exchange.step = 7
     message = error_on_all_ranks(lambda: backward(model, 1))
     assert "ranks are out of step: rank 0 is at exchange 1 (step), rank 1 at exchange 7 (step)" in message
+
+
+def failing(work: str, number: int, thread: str = ""):
+    """In place of a function of the codec's backend: raises what a lost device does, from that call on."""
+    backend = backends.backend_of(torch.device("cpu"))
+    real, calls = getattr(backend, work), []
+
+    def works_or_raises(*arguments):
+        if thread in threading.current_thread().name:
+            calls.append(work)
+        if len(calls) >= number:
+            raise backends.DeviceError("the device is lost")
+        return real(*arguments)
+
+    return backend, work, works_or_raises
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    ("work", "number", "thread"),
+    [("encode", 1, ""), ("encode", 5, ""), ("encode", 1, "receiver"), ("statistics", 1, "")],
+)
+def test_a_device_that_fails_on_one_rank_is_an_error_on_all(plan, work, number, thread, monkeypatch):
+    if plan == "allgather" and thread:
+        pytest.skip("there is no second rounding")
+    adapt_at = (0, 3) if work == "statistics" else (0,)
+    state = QGenXState(bits=4, exchange=plan, part_bytes=SMALL_PARTS, adapt_at=adapt_at)
+    model = hooked(state)
+    for step in range(3):
+        backward(model, step)
+    if RANK == 0:
+        monkeypatch.setattr(*failing(work, number, thread))
+    messages = gathered(error_of(lambda: backward(model, 3)))
+    assert "the device is lost" in messages[0], messages
+    assert all("rank 0" in message and "(refusal)" in message for message in messages[1:]), messages
+    # Nobody waits in the next one either.
+    messages = gathered(error_of(lambda: backward(model, 4)))
+    assert all("this QGenXState has failed before" in message for message in messages), messages
 
 
 def test_a_state_belongs_to_one_module():

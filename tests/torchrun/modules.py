@@ -89,13 +89,17 @@ def decoded_mean(state: QGenXState, gradients, step: int, group=None) -> list:
     return [part.view_as(g).to(g.dtype) for part, g in zip(mean.split(sizes), gradients, strict=True)]
 
 
-def error_on_all_ranks(action) -> str:
-    """The message of the error that ``action`` must raise on every rank."""
+def error_of(action) -> str:
+    """The message of the error that ``action`` raises."""
     try:
         action()
-        message = "no error"
     except Exception as error:
-        message = str(error)
-    messages = gathered(message)
+        return str(error)
+    return "no error"
+
+
+def error_on_all_ranks(action) -> str:
+    """The message of the error that ``action`` must raise on every rank."""
+    messages = gathered(error_of(action))
     assert "no error" not in messages, messages
     return messages[0]

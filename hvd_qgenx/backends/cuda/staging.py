@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hvd_qgenx.backends.backend import Backend
 from hvd_qgenx.backends.compiled import Compiled, best_path
-from hvd_qgenx.backends.cuda.backend import check_pointers, check_segments
 from hvd_qgenx.backends.cuda.device import Device
-from hvd_qgenx.backends.cuda.failures import failures_of
+from hvd_qgenx.backends.cuda.resident import check_pointers, check_segments
+from hvd_qgenx.backends.failures import failures_of
 from hvd_qgenx.payload import read_sizes
 
 #: Groups under way from the device beside the one that is coded; and means under way to it beside that which is made.

@@ -1,23 +1,12 @@
-"""A communication hook for DistributedDataParallel.
+"""What a DistributedDataParallel module's hook keeps, and what it does with buckets."""
 
-    state = hvd_qgenx.ddp.QGenXState(bits=4)
-    ddp_model.register_comm_hook(state, hvd_qgenx.ddp.qgenx_hook)
+from __future__ import annotations
 
-DDP hands over its buckets as backward fills them, and cuts them anew after the first iteration. What is sent does not
-depend on that: parameters, in the model's order, are cut into parts of a size of their own, and a part is encoded and
-sent as soon as the buckets with its parameters are there. Another thread waits for parts, decodes them into the
-buckets, and completes the futures that DDP waits for. In the first backward, and where levels are fitted, all of it
-happens there, after the last bucket.
-"""
-
-# No `from __future__ import annotations`: DDP compares the hook's annotations with types.
 import logging
-import queue
-import threading
-import weakref
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,11 +15,12 @@ from torch import Tensor
 
 import hvd_qgenx.exchange.coded as coded
 from hvd_qgenx.adaptation import Settings
+from hvd_qgenx.backends import DeviceError, failures_of
 from hvd_qgenx.checks import check_choice, check_integer, check_named_parameters, check_type
-from hvd_qgenx.codec import as_segment, check_gradient
 from hvd_qgenx.communication import Communication
-from hvd_qgenx.exchange import PLANS, StreamedExchange
-from hvd_qgenx.exchange.allgather import spoil
+from hvd_qgenx.ddp.backward import Backward, Bucket
+from hvd_qgenx.ddp.receiver import Arrival, Receiver
+from hvd_qgenx.exchange import PLANS, StreamedExchange, WithdrawnError
 from hvd_qgenx.exchange.plan import Flight
 from hvd_qgenx.levels import Levels
 from hvd_qgenx.transports.torch_distributed import TorchTransport, check_initialized, own_group
@@ -39,62 +29,6 @@ _LOGGER = logging.getLogger("hvd_qgenx")
 #: States of each process group in the order in which they were made, by which its ranks notice that they use others.
 _MADE: Counter[str] = Counter()
 TensorFuture = torch.futures.Future[torch.Tensor]
-
-
-@dataclass
-class _Bucket:
-    """One of DDP's buckets: its flat gradient, which the mean replaces, and the promise to DDP."""
-
-    buffer: Tensor
-    parameters: list[Tensor]
-    promise: Any
-    #: Parts that have not been decoded yet.
-    missing: set[int] = field(default_factory=set)
-
-    @classmethod
-    def of(cls, bucket: Any) -> "_Bucket":
-        buffer = check_gradient(bucket.buffer())
-        devices: Any = [buffer.device] if buffer.is_cuda else None
-        return cls(buffer, bucket.parameters(), torch.futures.Future(devices=devices))
-
-    def gradients(self) -> Sequence[Tensor]:
-        """Flat, one for each parameter: views of the buffer."""
-        return self.buffer.split([p.numel() for p in self.parameters])
-
-
-class _Backward:
-    """What a backward has brought so far: buckets, and of all parameters, in the model's order, their gradients."""
-
-    def __init__(self, count: int, buckets: Sequence[_Bucket] = (), is_streamed: bool = False):
-        self.buckets = list(buckets)
-        #: Whether parts are sent as they are there; decided once, since the last part's landing may make levels due.
-        self.is_streamed = is_streamed
-        self.gradients: list[Tensor | None] = [None] * count
-        #: What is encoded of a gradient, and decoded into: itself, if it is float32 on the CPU.
-        self.segments: list[Tensor | None] = [None] * count
-        self.flights: dict[int, Flight] = {}
-        self.landed = 0
-        self.broken = [False] * count
-
-    def segment(self, index: int) -> Tensor:
-        found = self.segments[index]
-        if found is None:
-            gradient = self.gradients[index]
-            assert gradient is not None
-            found = self.segments[index] = as_segment(gradient)
-        return found
-
-    def is_there(self, indices: Iterable[int]) -> bool:
-        return all(self.gradients[index] is not None for index in indices)
-
-    def give_back(self, indices: Iterable[int]) -> None:
-        """Means that were not decoded into the bucket itself go there."""
-        for index in indices:
-            gradient, segment = self.gradients[index], self.segment(index)
-            assert gradient is not None
-            spoil([segment], (self.broken[index],))
-            if segment.data_ptr() != gradient.data_ptr():
-                gradient.copy_(segment.view(gradient.shape))
 
 
 class QGenXState:
@@ -159,9 +93,9 @@ class QGenXState:
         self._exchange: StreamedExchange | None = None
         self._index: dict[Tensor, int] = {}
         self._members: list[list[int]] = []
-        self._backward = _Backward(0)
+        self._backward = Backward(0)
         self._failure: BaseException | None = None
-        self._receiver: _Receiver | None = None
+        self._receiver: Receiver | None = None
 
     def __repr__(self) -> str:
         return f"QGenXState({', '.join(self.settings.describe())}, exchange={self.plan!r})"
@@ -196,25 +130,30 @@ class QGenXState:
 
     def take(self, bucket: Any) -> TensorFuture:
         """Takes over a bucket and returns at once; see ``qgenx_hook``."""
-        if self._failure:
-            raise RuntimeError(f"this QGenXState has failed before: {self._failure}") from self._failure
         check_initialized()
-        taken = _Bucket.of(bucket)
+        taken = Bucket.of(bucket)
         if dist.get_world_size(self.process_group) == 1:
-            taken.promise.set_result(taken.buffer)
+            taken.deliver(taken.buffer)
             return taken.promise
         if bucket.index() == 0:
-            is_streamed = self._exchange is not None and self._exchange.settled
-            self._backward = _Backward(len(self._index), is_streamed=is_streamed)
-        self._backward.buckets.append(taken)
-        if self._index:
+            self._backward = self._next_backward()
+        backward = self._backward
+        backward.buckets.append(taken)
+        if self._index and backward.failure is None:
             self._place(taken)
             self._send_what_is_there(taken)
-        if bucket.is_last():
+        if bucket.is_last() and backward.failure is None:
             self._end_of_buckets()
+        if backward.failure is not None:
+            self._give_up(backward, backward.failure)
         return taken.promise.then(_delivered)
 
-    def _place(self, bucket: _Bucket) -> None:
+    def _next_backward(self) -> Backward:
+        settled = self._exchange is not None and self._exchange.settled
+        failure = RuntimeError(f"this QGenXState has failed before: {self._failure}") if self._failure else None
+        return Backward(len(self._index), is_streamed=settled and not failure, failure=failure)
+
+    def _place(self, bucket: Bucket) -> None:
         """Sorts a bucket's gradients into the model's order."""
         for p, gradient in zip(bucket.parameters, bucket.gradients(), strict=True):
             if p not in self._index:
@@ -224,7 +163,7 @@ class QGenXState:
                 )
             self._backward.gradients[self._index[p]] = gradient
 
-    def _send_what_is_there(self, bucket: _Bucket) -> None:
+    def _send_what_is_there(self, bucket: Bucket) -> None:
         """Sends the parts that were waiting for this bucket alone; in one order on all ranks, as DDP's buckets are."""
         exchange, backward = self._exchange, self._backward
         assert exchange is not None and self._receiver is not None
@@ -232,11 +171,35 @@ class QGenXState:
             return
         indices = {self._index[p] for p in bucket.parameters}
         bucket.missing = {part for part, members in enumerate(self._members) if indices.intersection(members)}
-        for part in sorted(bucket.missing, reverse=True):
-            if part not in backward.flights and backward.is_there(self._members[part]):
-                flight = exchange.send(part, [backward.segment(index) for index in self._members[part]])
-                backward.flights[part] = flight
-                self._receiver.put(_Landing(self, backward, part, flight))
+        with self._or_withdrawn(backward):
+            for part in sorted(bucket.missing, reverse=True):
+                if part not in backward.flights and backward.is_there(self._members[part]):
+                    flight = exchange.send(part, [backward.segment(index) for index in self._members[part]])
+                    backward.flights[part] = flight
+                    self._receiver.put(_Landing(self, backward, part, flight))
+
+    @contextmanager
+    def _or_withdrawn(self, backward: Backward) -> Iterator[None]:
+        """What sends parts. A device that fails keeps no rank waiting.
+
+        Its error goes the way of all others, by the futures: DDP is in no state to go on with once a hook has raised.
+        """
+        try:
+            with failures_of("the gradients' device", falls_back=False):
+                yield
+        except DeviceError as error:
+            self._fail(backward, WithdrawnError(str(error)))
+
+    def _give_up(self, backward: Backward, failure: BaseException) -> None:
+        """Refuses what a backward that has failed will not send any more, so that no rank waits for it."""
+        if self._exchange is not None and backward.is_streamed:
+            backward.is_streamed = False
+            with suppress(RuntimeError):  # as where the others are gone
+                # In the order in which they would have been sent: that is how torch.distributed matches them.
+                parts = reversed(range(len(self._members)))
+                self._exchange.withdraw(part for part in parts if part not in backward.flights)
+        for bucket in backward.buckets:
+            bucket.deliver(failure)
 
     def _end_of_buckets(self) -> None:
         if not self._index:
@@ -258,7 +221,7 @@ class QGenXState:
         self._index = {p: index for index, p in enumerate(parameters)}
         self._ordered_names = [self._name(p, index) for index, p in enumerate(parameters)]
         self._members = [[piece.segment for piece in part.slices] for part in exchange.parts()]
-        self._backward = _Backward(len(parameters), buckets)
+        self._backward = Backward(len(parameters), buckets)
         for bucket in buckets:
             self._place(bucket)
 
@@ -275,25 +238,26 @@ class QGenXState:
             exchange.messenger.second = TorchTransport(own_group(self.process_group))
         if self._memory:
             exchange.load_state_dict(self._memory)
-        self._exchange, self._receiver = exchange, _Receiver()
+        self._exchange, self._receiver = exchange, Receiver()
         return exchange
 
     # ---- on the receiver's thread ------------------------------------------------------------------------------------
 
-    def _exchange_whole(self, backward: _Backward) -> None:
+    def _exchange_whole(self, backward: Backward) -> None:
         """All at once: ranks agree, or levels are fitted, and only then can anything be encoded."""
         exchange = self._exchange
         assert exchange is not None
-        fused = exchange.fuse(backward.gradients)
         exchange.settle()
-        exchange.adapt_or_withdraw(fused)
+        with exchange.refusing():
+            fused = exchange.fuse(backward.gradients)
+        exchange.adapt_if_due(fused)
         collected = exchange.collect(exchange.submit(fused, "step"), self._ordered_names)
         backward.segments = collected.means
         for bucket in backward.buckets:
             backward.give_back(self._index[p] for p in bucket.parameters)
-            bucket.promise.set_result(bucket.buffer)
+            bucket.deliver(bucket.buffer)
 
-    def _land(self, backward: _Backward, part: int, flight: Flight) -> None:
+    def _land(self, backward: Backward, part: int, flight: Flight) -> None:
         exchange, members = self._exchange, self._members[part]
         assert exchange is not None
         for index, flag in zip(members, exchange.land(flight, part, list(map(backward.segment, members))), strict=True):
@@ -309,21 +273,23 @@ class QGenXState:
                 bucket.missing.remove(part)
                 if not bucket.missing:
                     backward.give_back(self._index[p] for p in bucket.parameters)
-                    bucket.promise.set_result(bucket.buffer)
+                    bucket.deliver(bucket.buffer)
 
-    def _fail(self, backward: _Backward, error: BaseException) -> None:
+    def _fail(self, backward: Backward, error: BaseException) -> None:
         """Every bucket that DDP still waits for gets the error; only one about a gradient's values is forgiven."""
         if not isinstance(error, FloatingPointError | Warning):
-            self._failure = error
+            self._failure = self._failure or error
+        backward.failure = backward.failure or error
         for bucket in backward.buckets:
-            if not bucket.promise.done():
-                bucket.promise.set_result(error)
+            bucket.deliver(backward.failure)
 
 
 @dataclass(frozen=True)
-class _Whole:
+class _Whole(Arrival):
+    """A backward of which nothing could be sent before its end."""
+
     state: QGenXState
-    backward: _Backward
+    backward: Backward
 
     def advance(self) -> None:
         """Nothing of it is under way yet."""
@@ -331,58 +297,28 @@ class _Whole:
     def end(self) -> None:
         self.state._exchange_whole(self.backward)
 
+    def fail(self, error: BaseException) -> None:
+        self.state._fail(self.backward, error)
+
 
 @dataclass(frozen=True)
-class _Landing:
+class _Landing(Arrival):
+    """A part that is under way."""
+
     state: QGenXState
-    backward: _Backward
+    backward: Backward
     part: int
     flight: Flight
 
     def advance(self) -> None:
-        self.flight.advance()
+        assert self.state._exchange is not None
+        self.state._exchange.advance(self.flight, self.part)
 
     def end(self) -> None:
         self.state._land(self.backward, self.part, self.flight)
 
-
-_Item = _Whole | _Landing
-
-
-class _Receiver:
-    """A thread that waits for what was sent, in the order of sending; what comes after a first phase starts first."""
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=_receive, args=(self._queue,), name="hvd_qgenx.receiver", daemon=True).start()
-        weakref.finalize(self, self._queue.put, None)
-
-    def put(self, item: _Item) -> None:
-        self._queue.put(item)
-
-
-def _receive(arriving: queue.SimpleQueue) -> None:
-    under_way: deque[_Whole | _Landing] = deque()
-    while True:
-        try:
-            item = arriving.get(block=not under_way)
-        except queue.Empty:
-            ended = under_way.popleft()
-            _guarded(ended, ended.end)
-            del ended
-            continue
-        if item is None:
-            return
-        _guarded(item, item.advance)
-        under_way.append(item)
-        del item
-
-
-def _guarded(item: _Item, action: Callable[[], None]) -> None:
-    try:
-        action()
-    except BaseException as error:  # whatever it is, DDP's thread must learn of it
-        item.state._fail(item.backward, error)
+    def fail(self, error: BaseException) -> None:
+        self.state._fail(self.backward, error)
 
 
 def _delivered(future: TensorFuture) -> Tensor:
@@ -391,24 +327,3 @@ def _delivered(future: TensorFuture) -> Tensor:
     if isinstance(value, BaseException):
         raise value
     return value
-
-
-def qgenx_hook(state: QGenXState, bucket: dist.GradBucket) -> TensorFuture:  # type: ignore[name-defined]
-    """The mean over ranks of a bucket's gradients, coded on the wire; for ``register_comm_hook``.
-
-    Returns:
-        A future of the bucket's own buffer, overwritten by the mean. It never waits for the network.
-
-    Raises:
-        TypeError: if it is not DistributedDataParallel that calls.
-
-    Example:
-        >>> ddp_model.register_comm_hook(QGenXState(bits=4), qgenx_hook)
-    """
-    if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]
-        raise TypeError(
-            "qgenx_hook is for DistributedDataParallel, which hands over a GradBucket; FullyShardedDataParallel and "
-            f"others are not supported: it got a {type(bucket).__name__}"
-        )
-    check_type("state", state, QGenXState)
-    return state.take(bucket)

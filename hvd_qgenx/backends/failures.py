@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from hvd_qgenx.backends.cuda.device import DeviceError
+from hvd_qgenx.backends.backend import DeviceError
 
 #: What torch raises where a device failed, beside plain RuntimeErrors; it has it from 2.8 on.
 _FAILED = getattr(torch, "AcceleratorError", DeviceError)
@@ -25,7 +25,7 @@ def failures_of(name: str, falls_back: bool = True) -> Iterator[None]:
     the CPU. There, in a body of ``falls_back`` False, the device's memory does not matter.
 
     Args:
-        name: of the backend.
+        name: of the backend, or in words of the device.
         falls_back: whether something follows.
     """
     try:
