@@ -33,10 +33,12 @@ train: setup
 experiment: setup
 	$(RUN) python benchmarks/experiment.py $(if $(PRESET),--size $(PRESET)) $(if $(HOSTS),--hosts $(HOSTS)) $(ARGS)
 
-# Tests of one process share the cores; those of several need all of them. 5 is "no tests of this kind".
+# Tests of one process share the cores, and so do those that wait; others of several processes need all of them. 5 is
+# "no tests of this kind".
 test: setup
 	$(PYTEST) -n 2 --dist loadfile -m "not parallel" $(TESTS) $(ARGS) || [ $$? = 5 ]
-	$(PYTEST) -m parallel $(TESTS) $(ARGS) || [ $$? = 5 ]
+	$(PYTEST) -n 2 --dist loadfile -m waiting $(TESTS) $(ARGS) || [ $$? = 5 ]
+	$(PYTEST) -m "parallel and not waiting" $(TESTS) $(ARGS) || [ $$? = 5 ]
 
 quick: setup
 	$(PYTEST) -m "not parallel and not slow" $(TESTS) $(ARGS)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.parallel, pytest.mark.slow]
+pytestmark = [pytest.mark.parallel, pytest.mark.slow, pytest.mark.waiting]
 
 JOB = Path(__file__).parent / "parallel" / "elastic_job.py"
 FIRST, SECOND, THIRD = "localhost", "127.0.0.1", socket.gethostname()

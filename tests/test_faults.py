@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.parallel, pytest.mark.slow]
+pytestmark = [pytest.mark.parallel, pytest.mark.slow, pytest.mark.waiting]
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -202,7 +202,8 @@ def test_what_a_laboratory_made_is_gone_afterwards():
         assert {laboratory.switch, *(host.namespace for host in laboratory.hosts)} <= names()
         laboratory.run([sys.executable, "-c", "import horovod.torch as hvd; hvd.init()"], **OUTPUT)
     assert machine() == before
-    assert len(processes) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in processes)
+    # Two daemons, and maybe one that still answers who asked whether they are there.
+    assert len(processes) >= 2 and not any(Path(f"/proc/{pid}").exists() for pid in processes)
 
 
 @parallel

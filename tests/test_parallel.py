@@ -13,21 +13,19 @@ import pytest
 pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
 FOLDER = Path(__file__).parent / "parallel"
+#: Files in one job save the time in which ranks start.
 RUNS = [
     ("gloo", 3, "check_dropin.py"),
     ("gloo", 2, "check_wrapper.py"),
     ("gloo", 2, "check_habits.py"),
     ("gloo", 3, "check_adaptation.py"),
-    ("gloo", 2, "check_drift.py"),
     ("gloo", 3, "check_plans.py"),
     ("mpi", 2, "check_plans.py"),
     ("gloo", 2, "check_lanes.py"),
     ("gloo", 2, "check_overlap.py"),
     ("gloo", 3, "check_faults.py"),
-    ("gloo", 2, "check_bytes.py"),
     ("gloo", 2, "check_gpu.py"),
-    ("gloo", 2, "check_recipes.py"),
-    ("gloo", 2, "check_training.py"),
+    ("gloo", 2, "check_bytes.py check_drift.py check_recipes.py check_training.py"),
     ("gloo", 3, "check_probe.py"),
     ("mpi", 2, "check_dropin.py"),
     ("mpi", 2, "check_faults.py"),
@@ -36,9 +34,9 @@ RUNS = [
 VARIABLES = {"check_lanes.py": {"HOROVOD_TIMELINE": "DYNAMIC"}}
 
 
-@pytest.mark.parametrize(("backend", "ranks", "file"), RUNS)
-def test_every_rank_passes(backend, ranks, file):
-    done = run_ranks(backend, ranks, _pytest(file), **VARIABLES.get(file, {}))
+@pytest.mark.parametrize(("backend", "ranks", "files"), RUNS)
+def test_every_rank_passes(backend, ranks, files):
+    done = run_ranks(backend, ranks, _pytest(*files.split()), **VARIABLES.get(files, {}))
     assert done.returncode == 0, done.stdout[-8000:]
 
 
@@ -107,8 +105,8 @@ def test_process_sets_made_at_the_start_can_be_given():
     assert done.returncode == 0, done.stdout[-8000:]
 
 
-def _pytest(file: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-x", "-q", "--color=no", file]
+def _pytest(*files: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-x", "-q", "--color=no", *files]
 
 
 def run_ranks(

@@ -26,6 +26,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
         ("docs/exchange.md", "overlap_time", ""),
         ("docs/probe.md", "auto_choice", ""),
         ("docs/ddp.md", "ddp_time", ""),
+        ("docs/ddp.md", "ddp_loss", ""),
     ],
 )
 def test_tables_are_those_of_the_committed_rows(monkeypatch, page, benchmark, option):
