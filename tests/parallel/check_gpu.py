@@ -8,12 +8,12 @@ from pathlib import Path
 import horovod.torch as hvd
 import pytest
 import torch
-from ranks import gathered, loss, message_on_all_ranks, network, same_on_all_ranks
+from ranks import error_of, gathered, loss, message_on_all_ranks, network, same_on_all_ranks
 
 import hvd_qgenx
 from hvd_qgenx import PayloadError, backends, connection
 from hvd_qgenx.backends.cuda import host
-from hvd_qgenx.exchange import DisagreementError, WithdrawnError, coded
+from hvd_qgenx.exchange import coded
 from hvd_qgenx.payload import CHECKSUM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
@@ -95,12 +95,11 @@ def _fails_at(work, number, error):
     return works_or_raises
 
 
-def _error(action):
-    try:
-        action()
-    except (WithdrawnError, DisagreementError) as error:
-        return str(error)
-    return "no error"
+def _told_everywhere(found, message):
+    """Rank 0 says what failed, the others which rank did."""
+    messages = gathered(found)
+    assert messages[0] == message, messages
+    assert all("rank 0" in text and "(refusal)" in text for text in messages[1:]), messages
 
 
 LOST = torch.AcceleratorError("CUDA error: device lost\nSearch for the code in the documentation")
@@ -128,10 +127,8 @@ def test_a_device_that_fails_on_one_rank_is_an_error_on_all_and_changes_no_param
             # What fails beside backward is tried again after it.
             failing = _fails_at(getattr(kernels, work), 0 if overlap else number, error)
             patch.setattr(kernels, work, failing)
-            found = _error(lambda: _iterate(model, optimizer))
-        messages = gathered(found)
-        assert messages[0] == message, messages
-        assert all("rank 0" in text and "(refusal)" in text for text in messages[1:]), messages
+            found = error_of(lambda: _iterate(model, optimizer))
+        _told_everywhere(found, message)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
         for _ in range(2):
             _iterate(model, optimizer)
@@ -169,10 +166,8 @@ def test_under_other_entrances_too(make, work, number, error, message, kernels, 
         before = [p.detach().clone() for p in model.parameters()]
         with monkeypatch.context() as patch:
             patch.setattr(kernels, work, _fails_at(getattr(kernels, work), 0, error))
-            found = _error(lambda: _iterate(model, optimizer))
-        messages = gathered(found)
-        assert messages[0] == message, messages
-        assert all("rank 0" in text and "(refusal)" in text for text in messages[1:]), messages
+            found = error_of(lambda: _iterate(model, optimizer))
+        _told_everywhere(found, message)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
         for _ in range(2):
             _iterate(model, optimizer)
@@ -191,9 +186,8 @@ def test_gradients_that_cannot_be_fetched_on_one_rank_are_an_error_on_all(choice
     with monkeypatch.context() as patch:
         if hvd.rank() == 0:
             patch.setattr(optimizer._exchange, "fuse", _fails_at(None, 0, LOST))
-        messages = gathered(_error(lambda: _iterate(model, optimizer)))
-    assert messages[0] == "the gradients' device failed: CUDA error: device lost", messages
-    assert all("rank 0" in text and "(refusal)" in text for text in messages[1:]), messages
+        found = error_of(lambda: _iterate(model, optimizer))
+    _told_everywhere(found, "the gradients' device failed: CUDA error: device lost")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     _iterate(model, optimizer)
     assert same_on_all_ranks(model.parameters())

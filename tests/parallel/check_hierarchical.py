@@ -8,7 +8,7 @@ import copy
 import horovod.torch as hvd
 import pytest
 import torch
-from ranks import gathered, loss, message_on_all_ranks, network, same_on_all_ranks
+from ranks import error_of, gathered, loss, message_on_all_ranks, network, same_on_all_ranks
 
 import hvd_qgenx
 from hvd_qgenx import Compression, backends
@@ -272,7 +272,7 @@ def test_a_sparse_gradient_on_one_rank_is_an_error_on_all(rank, settled, plan):
     table(torch.tensor([1])).sum().backward()
     if hvd.rank() == rank:
         table.weight.grad = table.weight.grad.to_sparse()
-    errors = gathered(_error(optimizer.step))
+    errors = gathered(error_of(optimizer.step))
     assert "is sparse: pass sparse_as_dense=True" in errors[rank]
     assert all("(refusal)" in error for other, error in enumerate(errors) if other != rank)
 
@@ -292,20 +292,12 @@ def test_a_device_that_fails_on_one_host_is_an_error_on_all_of_them(work, plan, 
     with monkeypatch.context() as patch:
         if hvd.rank() == 0:
             patch.setattr(backends.backend_of(torch.device("cpu")), work, lost)
-        errors = gathered(_error(lambda: iterate(model, optimizer, 1)))  # the fourth fits levels
+        errors = gathered(error_of(lambda: iterate(model, optimizer, 1)))  # the fourth fits levels
     assert all("the device is lost" in errors[rank] for rank in HOSTS[0]), errors
     assert all("(refusal)" in errors[rank] for host in HOSTS[1:] for rank in host), errors
     assert equal(model.state_dict(), before)
     iterate(model, optimizer, 2)
     assert same_on_all_ranks(model.parameters())
-
-
-def _error(action):
-    try:
-        action()
-    except (ValueError, RuntimeError) as error:
-        return str(error)
-    return "no error"
 
 
 @pytest.mark.parametrize("plan", ["allgather", "two_phase"])
@@ -318,7 +310,7 @@ def test_ranks_in_other_half_steps_all_learn_of_it(ranks, plan):
     loss(model).backward()
     optimizer.optimizer._set_extrapolated(True)  # so that step() gets as far as the exchange
     half_step = optimizer.step if hvd.rank() in ranks and len(ranks) < RANKS else optimizer.extrapolation
-    errors = gathered(_error(half_step))
+    errors = gathered(error_of(half_step))
     assert all("ranks are out of step" in error for error in errors) or len(ranks) == RANKS
     assert len(ranks) == RANKS or any("(step)" in error for error in errors)
 

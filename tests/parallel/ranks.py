@@ -36,6 +36,15 @@ def same_on_all_ranks(tensors) -> bool:
     return all(torch.equal(copy, copies[0]) for copy in copies)
 
 
+def error_of(action) -> str:
+    """The message of the error that ``action`` raises."""
+    try:
+        action()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "no error"
+
+
 def message_on_all_ranks(kind, action) -> str:
     """The message of the error that ``action`` must raise on every rank, and which must be the same there."""
     try:
