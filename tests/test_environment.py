@@ -391,7 +391,11 @@ def planned(*arguments):
 
 
 def test_make_test_runs_every_test_unless_told_which():
-    for chosen in ('-n 2 --dist loadfile -m "not parallel"', "-m parallel"):
+    for chosen in (
+        '-n 2 --dist loadfile -m "not parallel"',
+        "-n 2 --dist loadfile -m waiting",
+        '-m "parallel and not waiting"',
+    ):
         assert f"pytest {chosen} tests " in planned("test")
         assert f"pytest {chosen} tests/test_codec.py -x" in planned("test", "TESTS=tests/test_codec.py", "ARGS=-x")
 

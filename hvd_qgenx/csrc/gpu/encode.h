@@ -37,6 +37,8 @@ DEVICE Symbol symbol_of(const Book &book, const Tables &tables, float norm, int 
 template <Search SEARCH>
 DEVICE void round_tile(const Rounding &r, float *v, int count, const Tables &tables, unsigned *counts,
                        const Group<false> &group, unsigned char *rows) {
+    /* What is behind the bucket will be counted as zeros. */
+    if (group.lane == 0) atomicAdd(counts + index_of_zero(r), unsigned(count - TILE));
     Symbol symbol = symbol_of(r.book, tables, r.norm, group.lane);
     bool has_next = group.lane + 1 < r.book.num_levels;
     unsigned next = has_next ? __float_as_uint(tables.levels[group.lane + 1]) : 0x7F800000u;
@@ -47,7 +49,6 @@ DEVICE void round_tile(const Rounding &r, float *v, int count, const Tables &tab
     else
         round_few<SEARCH, false>(r, v, few, symbol, group.lane, own, rows);
     count_few(own, group.lane, counts);
-    if (group.lane == 0) atomicAdd(counts, unsigned(count - TILE)); /* what is behind the bucket was counted as zeros */
 }
 
 /* Rounds a group's coordinates; their names go to the rows, and v becomes what rounding adds to magnitudes. */

@@ -167,6 +167,14 @@ DEVICE unsigned index_of(float v, const Rounding &r, unsigned random, bool small
     return below + rounded(place, random, small ? 31 : r.book.draw_bits);
 }
 
+/* The index of 0: under a small norm several levels may be 0 to receivers. */
+DEVICE unsigned index_of_zero(const Rounding &r) {
+    unsigned index = 0, s = r.norm < SMALL_NORM ? unsigned(r.book.num_levels) : 0;
+#pragma unroll 1
+    while (index < s && small_level(r, index + 1) == 0.0f) index++;
+    return index;
+}
+
 /* What a bucket's draws begin with; its first element is that coordinate of the vector. */
 template <bool WIDE>
 DEVICE void set_counter(Rounding &r, const unsigned *key, long long position, const Group<WIDE> &group) {
