@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import hvd_qgenx
-from hvd_qgenx import Codec, Key, Levels, backends
+from hvd_qgenx import Codec, Key, Levels, PayloadError, backends
 from hvd_qgenx.backends.compiled import Compiled, best_path
-from hvd_qgenx.backends.cuda import driver, jobs, nvrtc
+from hvd_qgenx.backends.cuda import driver, host, jobs, nvrtc
 from hvd_qgenx.backends.cuda.device import DeviceError
+from hvd_qgenx.codebook import CODERS
+from hvd_qgenx.payload import CHECKSUM
 
 FOLDER = Path(__file__).parent / "gpu"
 sys.path.insert(0, str(FOLDER))
@@ -112,6 +114,39 @@ def test_minus_zero_is_not_negative_even_where_a_norm_makes_several_levels_zero(
         counts.append(drawn.counts.tolist())
     # The bucket's zeros have index 2, but not those with which a kernel fills its registers behind it.
     assert torch.equal(*payloads) and counts[0] == counts[1] == [0, 0, min(size, 1024) - 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("coder", [coder for coder in CODERS if coder != "fixed"])
+@pytest.mark.parametrize("num_levels", [1, 2, 3, 4, 7])
+def test_every_word_that_does_not_exist_is_refused_as_by_the_core(folder, core, coder, num_levels):
+    """The last two bytes of a short code take every value."""
+    codec = Codec(Levels(tuple(m / num_levels for m in range(num_levels + 1))), coder, bucket_size=6)
+    vector = torch.tensor([1.0, -0.5, 0.3, -0.2, 0.1, 0.0])
+    layout, out = codec.layout([6]), torch.zeros(codec.bound(6), dtype=torch.uint8)
+    drawn = core.encode(codec.codebook, codec.norm, layout, Key(0, 0, 0), [vector], out, False)
+    end = drawn.size - CHECKSUM.size
+    found = []
+    for backend in (core, emulated(folder)):
+        changed = [_changed(out[: drawn.size], end - back, value) for back in (1, 2) for value in range(256)]
+        found.append([_outcome(backend, codec, payload) for payload in changed])
+    assert found[0] == found[1]
+
+
+def _changed(payload, place, value):
+    changed = payload.clone()
+    changed[place] = value
+    host.seal(changed, len(changed) - CHECKSUM.size)
+    return changed
+
+
+def _outcome(backend, codec, payload):
+    target = torch.zeros(6)
+    try:
+        backend.decode_mean(codec.codebook, [payload], [target], None, 1.0)
+    except PayloadError as error:
+        return str(error)
+    return target.tolist()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 31])

@@ -248,14 +248,14 @@ def _fill_inner(book: Book, words: dict[int, str]) -> None:
 
 
 def _fill_limits(book: Book, words: dict[int, str]) -> bool:
-    """Whether words are canonical, so that those with more bits are all from a limit on."""
+    """Whether words are canonical, so that those with more bits are all from a limit on, and all below it are words."""
     for depth in range(1, book.depth + 1):
-        inner = _inner(words, depth)
+        inner, ended = _inner(words, depth), _ended(words, depth)
         # Behind the last word that ends here, all that is not a word goes on, and is refused at the end.
-        limit = max((value + (1 << (depth - len(word))) for word, value in _ended(words, depth)), default=0)
-        if inner and inner[0] < limit:
-            return False
-        if depth > _FEW_BITS:
+        limit = max((value + (1 << (depth - len(word))) for word, value in ended), default=0)
+        # A gap, as between Elias omega's words, would be taken for a word.
+        has_gap = sum(1 << (depth - len(word)) for word, _ in ended) < limit
+        if has_gap or (inner and inner[0] < limit) or depth > _FEW_BITS:
             return False
         _fill_limit(book, depth - 1, limit)
     return True
