@@ -4,7 +4,6 @@ The programs are those of tests/torchrun; what ranks print is shown if one of th
 """
 
 import csv
-import importlib.util
 import inspect
 import os
 import subprocess
@@ -108,8 +107,6 @@ def test_the_benchmark_of_the_loss_writes_a_row_for_every_run(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("example", ["plain", "lightning", "accelerate"])
 def test_an_example_runs(example):
-    if example != "plain" and not importlib.util.find_spec(example):
-        pytest.skip(f"{example} is not installed: pip install .[ddp]")
     out = torchrun(2, "tests/torchrun/example.py", f"examples/ddp_{example}.py")
     assert "x less than float32" in out
 

@@ -102,6 +102,22 @@ def _told_everywhere(found, message):
     assert all("rank 0" in text and "(refusal)" in text for text in messages[1:]), messages
 
 
+def _fails_and_goes_on(model, optimizer, kernels, monkeypatch, failing, message):
+    """Two iterations, one in which rank 0's kernels fail and no parameter moves, and two more."""
+    with backends.force(kernels if hvd.rank() == 0 else backends.name()):
+        for _ in range(2):
+            _iterate(model, optimizer)
+        before = [p.detach().clone() for p in model.parameters()]
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, *failing)
+            found = error_of(lambda: _iterate(model, optimizer))
+        _told_everywhere(found, message)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+        for _ in range(2):
+            _iterate(model, optimizer)
+    assert same_on_all_ranks(model.parameters())
+
+
 LOST = torch.AcceleratorError("CUDA error: device lost\nSearch for the code in the documentation")
 ILLEGAL = RuntimeError("CUDA error: an illegal memory access was encountered")
 COMPILER = backends.DeviceError("the kernels do not compile: error")
@@ -119,20 +135,9 @@ def test_a_device_that_fails_on_one_rank_is_an_error_on_all_and_changes_no_param
     exchange, overlap, work, number, error, message, kernels, four_parts, monkeypatch
 ):
     model, optimizer = _optimizer(exchange, overlap=overlap)
-    with backends.force(kernels if hvd.rank() == 0 else backends.name()):
-        for _ in range(2):
-            _iterate(model, optimizer)
-        before = [p.detach().clone() for p in model.parameters()]
-        with monkeypatch.context() as patch:
-            # What fails beside backward is tried again after it.
-            failing = _fails_at(getattr(kernels, work), 0 if overlap else number, error)
-            patch.setattr(kernels, work, failing)
-            found = error_of(lambda: _iterate(model, optimizer))
-        _told_everywhere(found, message)
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
-        for _ in range(2):
-            _iterate(model, optimizer)
-    assert same_on_all_ranks(model.parameters())
+    # What fails beside backward is tried again after it.
+    failing = _fails_at(getattr(kernels, work), 0 if overlap else number, error)
+    _fails_and_goes_on(model, optimizer, kernels, monkeypatch, (work, failing), message)
 
 
 def _stock(model):
@@ -159,19 +164,8 @@ def _choosing(model):
 @pytest.mark.parametrize(("work", "number", "error", "message"), CASES)
 def test_under_other_entrances_too(make, work, number, error, message, kernels, monkeypatch):
     model = network()
-    optimizer = make(model)
-    with backends.force(kernels if hvd.rank() == 0 else backends.name()):
-        for _ in range(2):
-            _iterate(model, optimizer)
-        before = [p.detach().clone() for p in model.parameters()]
-        with monkeypatch.context() as patch:
-            patch.setattr(kernels, work, _fails_at(getattr(kernels, work), 0, error))
-            found = error_of(lambda: _iterate(model, optimizer))
-        _told_everywhere(found, message)
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
-        for _ in range(2):
-            _iterate(model, optimizer)
-    assert same_on_all_ranks(model.parameters())
+    failing = _fails_at(getattr(kernels, work), 0, error)
+    _fails_and_goes_on(model, make(model), kernels, monkeypatch, (work, failing), message)
 
 
 @pytest.mark.parametrize("choice", ["none", "qgenx"])
